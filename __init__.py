@@ -1,0 +1,1 @@
+"""RoE-LLaVA: Routing Experts for LLaVA, a Hugging Face Transformers plug-in."""
