@@ -1,1 +1,22 @@
 """RoE-LLaVA: Routing Experts for LLaVA, a Hugging Face Transformers plug-in."""
+
+import importlib
+
+_WHERE = {
+    "RoeLlavaConfig": "configuration_roe",
+    "RoeCache": "cache_roe",
+    "RoutingPhase": "routing_roe",
+    "RoeLlavaProcessor": "processing_roe",
+    "RoeLlavaForConditionalGeneration": "modeling_roe_llava",
+    "RoeLlavaModel": "modeling_roe_llava",
+}
+
+
+def __getattr__(name):
+    # Imported on first use: the command line answers --help without loading torch.
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+
+
+__all__ = sorted(_WHERE)

@@ -1,0 +1,69 @@
+"""Configuration of a LLaVA with Routing Experts (RoE, ICLR 2025, arXiv 2407.14093).
+
+`RoeLlavaConfig` is `LlavaConfig` plus what decides the shape and the use of the routing parts. Learning rates, stage
+boundaries and other training settings are arguments of the training, not of the model.
+"""
+
+from transformers import LlavaConfig
+
+ROUTING_POSITIONS = ("preceding", "first")
+ROUTING_QUESTIONS = ("last_turn", "all_text")
+
+
+class RoeLlavaConfig(LlavaConfig):
+    """Configuration of [`RoeLlavaForConditionalGeneration`].
+
+    Args:
+        adapter_size (`int`, defaults to 1024):
+            Hidden width A of the adapter that stands in for a skipped layer, at least 1. Read when layers are built.
+        routed_layers (`list[int]`, *optional*):
+            Decoder layers that have a router and may be skipped; the others always run. `None` routes every layer.
+            Read when layers are built.
+        routing_positions (`"preceding"` or `"first"`, defaults to `"preceding"`):
+            Rotary positions of the routing tokens, p0 being the position of a row's first real token. `"preceding"`:
+            image token p0 - 2, text tokens p0 - 1. `"first"`: all at p0 + 1, as published inference with an attention
+            mask has it. Read at every prefill.
+        routing_question (`"last_turn"` or `"all_text"`, defaults to `"last_turn"`):
+            What the text routing token reads at inference: the question of the last turn, or everything from the first
+            question to the last (earlier answers included, as in the published inference). Read at every prefill.
+        target_skip_ratio (`float`, defaults to 0.3):
+            Wanted share of skipped (example, layer) pairs, in [0, 0.5]. Read by the sparsity penalty and the random
+            warm-up in training, never at inference.
+    """
+
+    model_type = "roe_llava"
+
+    adapter_size: int = 1024
+    routed_layers: list[int] | None = None
+    routing_positions: str = "preceding"
+    routing_question: str = "last_turn"
+    target_skip_ratio: float = 0.3
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if isinstance(self.adapter_size, bool) or not isinstance(self.adapter_size, int) or self.adapter_size < 1:
+            raise ValueError(f"adapter_size must be a positive integer, got {self.adapter_size!r}")
+        if self.routing_positions not in ROUTING_POSITIONS:
+            raise ValueError(f"routing_positions must be one of {ROUTING_POSITIONS}, got {self.routing_positions!r}")
+        if self.routing_question not in ROUTING_QUESTIONS:
+            raise ValueError(f"routing_question must be one of {ROUTING_QUESTIONS}, got {self.routing_question!r}")
+        if not 0.0 <= self.target_skip_ratio <= 0.5:
+            raise ValueError(
+                f"target_skip_ratio must lie in [0, 0.5], got {self.target_skip_ratio}: the random warm-up cannot skip "
+                "more than half of the layers"
+            )
+        if self.routed_layers is not None:
+            self.routed_layers = self._checked_layers(self.routed_layers)
+
+    def _checked_layers(self, layers):
+        num_layers = self.text_config.num_hidden_layers
+        wrong = [layer for layer in layers if not isinstance(layer, int) or not 0 <= layer < num_layers]
+        if wrong or len(set(layers)) != len(layers):
+            raise ValueError(
+                f"routed_layers must be distinct layer numbers in [0, {num_layers}), got {list(layers)}; "
+                f"the language model has {num_layers} layers"
+            )
+        return sorted(layers)
+
+
+__all__ = ["RoeLlavaConfig"]

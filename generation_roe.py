@@ -1,0 +1,152 @@
+"""How `generate` carries routes: its routing arguments go to the cache, and the cache to every step.
+
+B batch, L decoder layers, S sequence.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.utils import logging
+
+from .cache_roe import RoeCache
+
+logger = logging.get_logger(__name__)
+
+ROUTING_ARGUMENTS = ("routing_segments", "routes", "route_bias")
+
+
+class RoeGenerationMixin:
+    """`generate` for a model whose route is decided once, in prefill, and kept by its cache."""
+
+    def generate(self, inputs=None, *args, routes=None, route_bias=None, skip_ratio=None, **kwargs):
+        """`GenerationMixin.generate` along routes.
+
+        Right-padded prompts are moved to the right end first; stock LLaVA would continue behind the padding.
+
+        Args:
+            routes: (B, L) or (L,) bool, pins the route; no router runs.
+            route_bias: number, or (L,), added to the keep logits; +inf keeps a layer, -inf skips it.
+            skip_ratio: wanted share of skipped layers; 0.0 keeps every layer, anything else needs a calibrated model.
+            Others: as in Transformers; `past_key_values` has to be a `RoeCache`.
+        Raises: ValueError for what would change the answer in silence; the message says what to do instead.
+        """
+        if skip_ratio is not None:
+            route_bias = bias_for_skip_ratio(skip_ratio, routes, route_bias)
+        if isinstance(route_bias, Tensor):
+            route_bias = route_bias.tolist()  # a tensor would be repeated per beam as if its first size were the batch
+        if routes is not None:
+            kwargs["routes"] = torch.as_tensor(routes)
+        if route_bias is not None:
+            kwargs["route_bias"] = route_bias
+        inputs = pad_on_the_left(inputs, kwargs)
+        return super().generate(inputs, *args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        """Not available: continuous batching packs several requests into one row, which has one route."""
+        raise ValueError(
+            "continuous batching is not supported: it packs several requests into one row, and a row has one route. "
+            "Call generate() with a padded batch; every row keeps its own route"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # The one place that sees the whole prompt and nothing but the prompt: drafts and beams come later.
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and getattr(cache, "routes", None) is not None:
+            model_kwargs.pop("routing_segments", None)  # a processor always sends them; this cache has its routes
+        elif (routes := model_kwargs.get("routes")) is not None:
+            rows = input_ids if input_ids is not None else model_kwargs["inputs_embeds"]
+            model_kwargs["routes"] = routes.expand(rows.shape[0], -1) if routes.dim() == 1 else routes
+        elif model_kwargs.get("routing_segments") is None:
+            inputs_embeds, attention_mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+            model_kwargs["routing_segments"] = self.model.segments_of(input_ids, inputs_embeds, attention_mask)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "prefill_chunk_size is not supported: the route would be decided from the first chunk of the prompt. "
+                "Leave it unset"
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            if self.training:
+                raise ValueError(
+                    "generate(use_cache=False) in training mode would mix both paths of every layer: call model.eval()"
+                )
+            return
+        if type(cache) is DynamicCache and not cache.offloading and not getattr(cache, "_is_user_defined", False):
+            cache = model_kwargs["past_key_values"] = RoeCache(self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+        check_holds_routes(cache)
+        # On the cache and not among the model's arguments: the first forward pass reads them there, later ones and an
+        # assistant model never see them.
+        cache.leave_request({name: model_kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in model_kwargs})
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is None:  # use_cache=False: every step runs the whole text again
+            model_kwargs["routes"] = outputs.routes
+            model_kwargs.pop("routing_segments", None)
+            model_kwargs.pop("route_bias", None)
+        return model_kwargs
+
+
+def bias_for_skip_ratio(skip_ratio: float, routes, route_bias) -> float:
+    """Route bias that gives a wanted skip ratio.
+
+    Raises: ValueError if another routing argument is given too, or the model is not calibrated for this ratio.
+    """
+    if routes is not None or route_bias is not None:
+        raise ValueError("skip_ratio sets the route bias itself: give it without routes and route_bias")
+    if skip_ratio != 0.0:
+        raise ValueError(
+            f"skip_ratio={skip_ratio} needs a calibrated model, and this one holds no calibration. Give route_bias "
+            "(> 0 keeps more layers), or skip_ratio=0.0 to keep every layer"
+        )
+    return math.inf
+
+
+def check_holds_routes(cache) -> None:
+    """Raises: ValueError if a cache cannot hold routes and rows of different lengths per layer."""
+    if hasattr(cache, "take_request"):
+        return
+    raise ValueError(
+        f"a {type(cache).__name__} cannot hold routes or leave out the rows that skip a layer: leave past_key_values "
+        "and cache_implementation unset, or pass RoeCache(model.config)"
+    )
+
+
+def pad_on_the_left(inputs: Tensor | None, kwargs: dict) -> Tensor | None:
+    """Move right padding to the left, in place in `kwargs`: prompt tensors (B, S, ...) whose mask ends with 0.
+
+    Returns: `inputs`, moved likewise.
+    """
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or kwargs.get("past_key_values") is not None or bool(mask[:, -1].all()):
+        return inputs
+    length = mask.shape[1]
+    after = mask.flip(1).long().argmax(dim=1, keepdim=True)  # padding behind a row's last token
+    order = (torch.arange(length, device=mask.device) - after) % length
+    logger.warning_once("right-padded prompts are moved to the right end of the batch before generating")
+
+    def moved(tensor):
+        index = order.to(tensor.device)
+        if tensor.dim() == 3:
+            index = index[..., None].expand(-1, -1, tensor.shape[2])
+        return tensor.gather(1, index)
+
+    for name in ("attention_mask", "input_ids", "inputs_embeds", "routing_segments"):
+        if kwargs.get(name) is not None:
+            kwargs[name] = moved(kwargs[name])
+    if kwargs.get("position_ids") is not None:
+        raise ValueError("position_ids with right-padded prompts: pad on the left, or leave position_ids out")
+    return inputs if inputs is None else moved(inputs)
+
+
+__all__ = ["RoeGenerationMixin"]

@@ -1,0 +1,584 @@
+"""LLaVA with Routing Experts (RoE, ICLR 2025, arXiv 2407.14093): whole decoder layers are skipped per example.
+
+Every decoder layer gets a router and a small adapter. Two learned routing tokens per example (one reads the context
+with the images, one the question) ride at the end of the sequence during prefill; a layer's router reads the pair and
+keeps the layer or replaces it by `x + adapter(norm(x))`. The route is decided once, lives in the cache, and decoding
+follows it. Ordinary tokens never see a routing token, so with every layer kept the model is stock LLaVA.
+
+Top to bottom: outputs, adapter and router, the decoder layer, the language models, the multimodal model, the head.
+
+B batch, L decoder layers, R routing tokens (1 image + turns), T turns, S sequence, D hidden, A adapter width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModel,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .cache_roe import LayerRows, RoeCache
+from .configuration_roe import RoeLlavaConfig
+from .generation_roe import RoeGenerationMixin, check_holds_routes
+from .routing_roe import (
+    RoutedAttentionConfig,
+    Routing,
+    RoutingAttention,
+    RoutingPhase,
+    checked_routes,
+    default_segments,
+    pad_segments,
+    path_weights,
+    roe_loss,
+    routing_position_ids,
+    take_rows,
+)
+
+logger = logging.get_logger(__name__)
+
+# What opens a saved folder. `AutoModel` gives the generative class, as is usual for remote code.
+AUTO_MAP = {
+    "AutoConfig": "configuration_roe.RoeLlavaConfig",
+    "AutoModel": "modeling_roe_llava.RoeLlavaForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_roe_llava.RoeLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_roe_llava.RoeLlavaForConditionalGeneration",
+}
+
+# Parts RoE adds to the base, by the part of a parameter's name they are known by.
+ROE_PARTS = (".router.", ".adapter.", ".routing_tokens.")
+
+
+@dataclass
+class RoeLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
+    """Stock LLaVA's output and what routing did.
+
+    Args:
+        routes (`torch.BoolTensor` of shape `(B, L)`): True where the example ran the layer; `None` in soft training.
+        router_logits (`torch.Tensor` of shape `(B, L, 2)`): raw logits (keep, skip) of the deciding turn; `None` where
+            no router ran (decoding, pinned routes). Layers without a router have (inf, -inf).
+        turn_skip_weights (`torch.Tensor` of shape `(B, T, L)`): training only, weight of the skip path per turn.
+        turn_mask (`torch.BoolTensor` of shape `(B, T)`): training only, the turns an example has.
+    """
+
+    routes: Tensor | None = None
+    router_logits: Tensor | None = None
+    turn_skip_weights: Tensor | None = None
+    turn_mask: Tensor | None = None
+
+
+# A class of its own: quantisers replace exactly nn.Linear, and these small matrices decide too much to be rounded.
+class RoeLinear(nn.Linear):
+    """`nn.Linear` that quantisation leaves alone; computes in its own dtype and answers in its input's."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states.to(self.weight.dtype)).to(hidden_states.dtype)
+
+
+class RoeAdapter(nn.Module):
+    """W_up ReLU(W_down u), the stand-in for a skipped layer (RoE, adapter-based skip connection)."""
+
+    def __init__(self, hidden_size: int, adapter_size: int):
+        super().__init__()
+        self.down_proj = RoeLinear(hidden_size, adapter_size, bias=False)
+        self.up_proj = RoeLinear(adapter_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.up_proj(self.down_proj(hidden_states).relu())
+
+
+class RoeRouter(RoeLinear):
+    """W [u_image ; u_text]: logits to keep (row 0) and to skip (row 1) a layer."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__(2 * hidden_size, 2, bias=False)
+
+    def forward(self, routing_states: Tensor) -> Tensor:
+        """(B, T, 2) logits from normalised routing tokens (B, 1 + T, D), one decision per turn."""
+        image, text = routing_states[:, :1], routing_states[:, 1:]
+        return super().forward(torch.cat([image.expand_as(text), text], dim=-1)).float()
+
+
+class RoeDecoderLayer(GradientCheckpointingLayer):
+    """Put in front of a stock decoder layer's class: adds a router and an adapter, and runs the layer where it is kept.
+
+    Equals the stock layer while every row keeps it. `forward` takes one keyword more, `routing`.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, adapter_size: int, is_routed: bool):
+        super().__init__(config, layer_idx)
+        self.layer_idx = layer_idx
+        self.self_attn.config = RoutedAttentionConfig(config)
+        self.router = RoeRouter(config.hidden_size) if is_routed else None
+        self.adapter = RoeAdapter(config.hidden_size, adapter_size) if is_routed else None
+
+    def forward(self, hidden_states: Tensor, *, routing: Routing | None = None, **kwargs) -> Tensor:
+        """(B, S, D) to (B, S, D), moving `routing.states[layer_idx]` (B, R, D) along."""
+        if routing is None:
+            raise ValueError("a RoE decoder layer needs `routing`; call RoeLlavaForConditionalGeneration instead")
+        states = routing.states[self.layer_idx]
+        tokens = hidden_states
+        if states is not None:
+            states = states.to(hidden_states)
+            tokens = torch.cat([hidden_states, states], dim=1)
+        if routing.is_soft:
+            tokens = self.mixed(tokens, states, routing, kwargs)
+        else:
+            tokens = self.routed(tokens, self.decide(states, routing), routing, kwargs)
+        if states is None:
+            return tokens
+        routing.states[self.layer_idx + 1] = tokens[:, hidden_states.shape[1] :]
+        return tokens[:, : hidden_states.shape[1]]
+
+    def decide(self, states: Tensor | None, routing: Routing) -> LayerRows:
+        """Which rows keep the layer: what the route says, or the router's answer where there is none yet."""
+        rows = routing.rows[self.layer_idx]
+        if rows is None and self.router is None:
+            rows = LayerRows([True] * states.shape[0])
+        elif rows is None:
+            logits = self.router(self.input_layernorm(states))[:, 0]
+            keep = logits[:, 0] + routing.route_bias[self.layer_idx] > logits[:, 1]
+            routing.logits[self.layer_idx] = logits
+            rows = LayerRows(keep.tolist(), states.device)
+        routing.rows[self.layer_idx] = rows
+        return rows
+
+    def routed(self, tokens: Tensor, rows: LayerRows, routing: Routing, kwargs: dict) -> Tensor:
+        """Rows that keep the layer run it, the others take the adapter: (B, S + R, D)."""
+        if rows.all_kept:
+            return self.full_path(tokens, routing.visible, routing, kwargs)
+        if rows.none_kept:
+            return self.skip_path(tokens)
+        batch_size = tokens.shape[0]
+        kept, skipped = rows.kept.to(tokens.device), rows.skipped.to(tokens.device)
+        batched = ("attention_mask", "position_ids", "position_embeddings")
+        kept_kwargs = kwargs | {name: take_rows(kwargs.get(name), kept, batch_size) for name in batched}
+        visible = take_rows(routing.visible, kept, batch_size)
+        out = torch.empty_like(tokens)
+        out = out.index_copy(0, kept, self.full_path(tokens[kept], visible, routing, kept_kwargs, kept))
+        return out.index_copy(0, skipped, self.skip_path(tokens[skipped]))
+
+    def full_path(self, tokens: Tensor, visible: Tensor | None, routing: Routing, kwargs: dict, kept=None) -> Tensor:
+        """The stock layer over ordinary and routing tokens, whose attention is computed apart."""
+        if routing.states[self.layer_idx] is None:
+            return super().forward(tokens, **kwargs)
+        positions = routing.position_embeddings
+        positions = positions if kept is None else take_rows(positions, kept, routing.visible.shape[0])
+        attention = RoutingAttention(kwargs.get("past_key_values"), visible)
+        kwargs = kwargs | {
+            "past_key_values": attention,
+            "routing_attention": attention,
+            "position_embeddings": tuple(
+                torch.cat([ordinary.expand(tokens.shape[0], -1, -1), routed.to(ordinary)], dim=1)
+                for ordinary, routed in zip(kwargs["position_embeddings"], positions, strict=True)
+            ),
+        }
+        return super().forward(tokens, **kwargs)
+
+    def skip_path(self, tokens: Tensor) -> Tensor:
+        """S(x) = x + adapter(norm(x))."""
+        return tokens + self.adapter(self.input_layernorm(tokens))
+
+    def mixed(self, tokens: Tensor, states: Tensor, routing: Routing, kwargs: dict) -> Tensor:
+        """Training: both paths, every token weighted by its turn's decision."""
+        full = self.full_path(tokens, routing.visible, routing, kwargs)
+        if self.router is None:
+            return full
+        logits = self.router(self.input_layernorm(states))
+        weights = path_weights(logits, routing.turn_mask.to(logits.device), routing.phase)
+        routing.logits[self.layer_idx], routing.weights[self.layer_idx] = logits, weights
+        # Routing token t moves with turn t; the image token, number 0, with the context.
+        own = torch.arange(states.shape[1], device=tokens.device).expand(states.shape[0], -1)
+        turns = torch.cat([routing.turns.to(tokens.device), own], dim=1)
+        per_token = weights.gather(1, turns[..., None].expand(-1, -1, 2)).to(tokens.dtype)
+        return per_token[..., :1] * full + per_token[..., 1:] * self.skip_path(tokens)
+
+
+class RoeLlamaDecoderLayer(RoeDecoderLayer, LlamaDecoderLayer):
+    """A Llama layer with a router and an adapter."""
+
+
+class RoeMistralDecoderLayer(RoeDecoderLayer, MistralDecoderLayer):
+    """A Mistral layer with a router and an adapter."""
+
+
+class RoeQwen2DecoderLayer(RoeDecoderLayer, Qwen2DecoderLayer):
+    """A Qwen2 layer with a router and an adapter."""
+
+
+class RoeLanguageModel:
+    """Put in front of a stock language model's class: RoE layers, routing tokens, and their place in a forward pass."""
+
+    _supports_flash_attn = False  # rows of a mixed route cannot be taken out of its varlen arguments yet
+    _supports_flex_attn = False  # likewise out of a block mask
+    decoder_layer_class: type[RoeDecoderLayer]
+
+    def __init__(self, config: PreTrainedConfig, adapter_size: int, routed_layers: list[int] | None = None):
+        super().__init__(config)
+        for layer in range(config.num_hidden_layers):
+            is_routed = routed_layers is None or layer in routed_layers
+            self.layers[layer] = self.decoder_layer_class(config, layer, adapter_size, is_routed)
+        self.routing_tokens = nn.Embedding(2, config.hidden_size)  # a module, so that device maps and PEFT see it
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        # Only leaves are visited. A fresh adapter starts close to the identity, where gradients still reach both parts.
+        if isinstance(module, RoeLinear) and not isinstance(module, RoeRouter):
+            is_up = module.out_features == self.config.hidden_size
+            init.xavier_uniform_(module.weight, gain=0.01 if is_up else 1.0)
+
+    def forward(
+        self, *, inputs_embeds: Tensor, routing: Routing | None = None, routing_positions: str = "preceding", **kwargs
+    ):
+        """The stock forward, with the routing tokens' states and positions put where the layers find them."""
+        if routing is None:
+            raise ValueError("a RoE language model needs `routing`; call RoeLlavaForConditionalGeneration instead")
+        cache, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if kwargs.get("position_ids") is None:  # the stock default, which the routing tokens' positions build on
+            seen = cache.get_seq_length() if cache is not None else 0
+            kwargs["position_ids"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
+        if routing.visible is not None:
+            self.place_routing_tokens(inputs_embeds, kwargs["position_ids"], attention_mask, routing, routing_positions)
+        outputs = super().forward(inputs_embeds=inputs_embeds, routing=routing, **kwargs)
+        if cache is not None:
+            if cache.routes is None:
+                cache.set_routes(routing.decided_routes(inputs_embeds.device), routing.rows)
+            cache.tokens_seen += inputs_embeds.shape[1]
+        if outputs.attentions:
+            outputs.attentions = self.attentions_of_all_rows(outputs.attentions, routing.rows)
+        return outputs
+
+    def place_routing_tokens(self, inputs_embeds, position_ids, attention_mask, routing: Routing, mode: str) -> None:
+        """States (B, R, D) that enter layer 0, and rotary embeddings of the positions before each row's first token."""
+        batch_size, num_tokens = routing.visible.shape[:2]
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask must be 2D (B, S) to find where rows begin, got shape {tuple(attention_mask.shape)}; "
+                "with a custom 4D mask pin the route with routes="
+            )
+        which = torch.tensor([0] + [1] * (num_tokens - 1), device=self.routing_tokens.weight.device)
+        tokens = self.routing_tokens(which).to(inputs_embeds.dtype)
+        routing.states[0] = tokens.expand(batch_size, -1, -1).to(inputs_embeds.device)
+        position_ids = position_ids.expand(batch_size, -1)
+        routed = routing_position_ids(position_ids, attention_mask, num_tokens, mode)
+        # Rotary embeddings of all positions together: scaled variants look at the largest one.
+        embeddings = self.rotary_emb(inputs_embeds, torch.cat([position_ids, routed], dim=1))
+        routing.position_embeddings = tuple(part[:, -num_tokens:] for part in embeddings)
+
+    def attentions_of_all_rows(
+        self, attentions: tuple[Tensor, ...], rows: list[LayerRows]
+    ) -> tuple[Tensor | None, ...]:
+        """L entries: `None` where no row ran the layer, zeros in rows that skipped it."""
+        computed, complete = iter(attentions), []
+        for layer_rows in rows:
+            weights = None if layer_rows is not None and layer_rows.none_kept else next(computed)
+            if layer_rows is not None and layer_rows.kept is not None:
+                full = weights.new_zeros(len(layer_rows.keep), *weights.shape[1:])
+                weights = full.index_copy(0, layer_rows.kept.to(weights.device), weights)
+            complete.append(weights)
+        return tuple(complete)
+
+
+class RoeLlamaModel(RoeLanguageModel, LlamaModel):
+    """Llama with routed layers."""
+
+    decoder_layer_class = RoeLlamaDecoderLayer
+    _no_split_modules = ["RoeLlamaDecoderLayer"]
+
+
+class RoeMistralModel(RoeLanguageModel, MistralModel):
+    """Mistral with routed layers."""
+
+    decoder_layer_class = RoeMistralDecoderLayer
+    _no_split_modules = ["RoeMistralDecoderLayer"]
+
+
+class RoeQwen2Model(RoeLanguageModel, Qwen2Model):
+    """Qwen2 with routed layers."""
+
+    decoder_layer_class = RoeQwen2DecoderLayer
+    _no_split_modules = ["RoeQwen2DecoderLayer"]
+
+
+# To support another decoder: two classes as above and a line here.
+LANGUAGE_MODELS = {"llama": RoeLlamaModel, "mistral": RoeMistralModel, "qwen2": RoeQwen2Model}
+
+
+def build_language_model(config: PreTrainedConfig) -> RoeLanguageModel:
+    """The routed language model of a RoE-LLaVA configuration.
+
+    Raises: ValueError if its decoder is not one of `LANGUAGE_MODELS`.
+    """
+    model_type = config.text_config.model_type
+    if model_type not in LANGUAGE_MODELS:
+        raise ValueError(
+            f"text_config.model_type {model_type!r} is not supported, routed decoders are {sorted(LANGUAGE_MODELS)}"
+        )
+    return LANGUAGE_MODELS[model_type](config.text_config, config.adapter_size, config.routed_layers)
+
+
+class RoeLlavaPreTrainedModel(LlavaPreTrainedModel):
+    """What both RoE classes share."""
+
+    config: RoeLlavaConfig
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    # Decisions are made in float32 whatever the model is loaded in.
+    _keep_in_fp32_modules_strict = {"router", "routing_tokens"}
+
+
+class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
+    """Vision tower, projector and routed language model, without a head."""
+
+    def __init__(self, config: RoeLlavaConfig):
+        # Not LlavaModel.__init__, which would build a stock language model first.
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = build_language_model(config)
+        self.routing_phase = RoutingPhase()
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: RoeCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        routing_segments: Tensor | None = None,
+        routes: Tensor | None = None,
+        route_bias: float | Tensor | None = None,
+        routing: Routing | None = None,
+        **kwargs,
+    ):
+        """`LlavaModel.forward` with a route per row.
+
+        Args: as in the head, and `routing`: a fresh `Routing` to be filled in, for callers that want to read it.
+        """
+        use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and use_cache and not self.training:
+            past_key_values = RoeCache(self.config)
+        routing = Routing(self.config.text_config.num_hidden_layers) if routing is None else routing
+        request = {"routing_segments": routing_segments, "routes": routes, "route_bias": route_bias}
+        if past_key_values is not None:
+            check_holds_routes(past_key_values)
+            request = past_key_values.take_request(request)
+        self.start_routing(routing, request, input_ids, inputs_embeds, attention_mask, past_key_values)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=past_key_values is not None,
+            routing=routing,
+            routing_positions=self.config.routing_positions,
+            **kwargs,
+        )
+
+    def start_routing(self, routing: Routing, request: dict, input_ids, inputs_embeds, attention_mask, cache) -> None:
+        """Fix the routes where they are known (cache, `routes=`), else say what the routing tokens read."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if cache is not None and cache.routes is not None:
+            check_batch(tokens.shape[0], cache)
+            routing.routes, routing.rows = cache.routes, list(cache.rows)
+            return
+        if request["routes"] is not None:
+            always_run = [i for i, layer in enumerate(self.language_model.layers) if layer.router is None]
+            routes = checked_routes(request["routes"], tokens.shape[0], routing.num_layers, always_run, tokens.device)
+            routing.routes = routes
+            routing.rows = [LayerRows(keep, tokens.device) for keep in routes.t().tolist()]
+            return
+        segments = request["routing_segments"]
+        if segments is None:
+            segments = self.segments_of(input_ids, inputs_embeds, attention_mask)
+        segments = pad_segments(segments.to(tokens.device), tokens.shape[1])
+        if self.training and cache is None:
+            if request["route_bias"] is not None:
+                raise ValueError("route_bias shifts decisions at inference; in training set model.model.routing_phase")
+            routing.train_on(segments, self.routing_phase)
+        else:
+            routing.decide_on(segments, request["route_bias"], self.config.routing_question)
+
+    def segments_of(self, input_ids, inputs_embeds, attention_mask, labels: Tensor | None = None) -> Tensor:
+        """(B, S) routing segments of a prompt that came without: see `default_segments`."""
+        if input_ids is not None and input_ids.shape[1] > 0:
+            image_mask = input_ids == self.config.image_token_id
+        else:  # placeholders are known by their embedding, as in stock LLaVA
+            image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            image_mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(dim=-1)
+            logger.warning_once(
+                "inputs_embeds without routing_segments: the context ends with the last image placeholder found in "
+                "them; where image features are merged in already, everything counts as the question."
+            )
+        real = torch.ones_like(image_mask) if attention_mask is None else attention_mask.to(image_mask.device) != 0
+        if real.shape != image_mask.shape:
+            raise ValueError(
+                f"attention_mask must have the shape (B, S) = {tuple(image_mask.shape)} of the prompt to split it into "
+                f"context and question, got {tuple(real.shape)}; pass routing_segments= or routes="
+            )
+        return default_segments(image_mask, real, labels)
+
+
+class RoeLlavaForConditionalGeneration(RoeGenerationMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration):
+    """LLaVA that decides per example which decoder layers to run.
+
+    Used like `LlavaForConditionalGeneration`; `forward` and `generate` take three arguments more.
+    """
+
+    # The loss is a mean over examples, so accumulation steps have to be divided by, as Trainer does when told so.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: RoeLlavaConfig):
+        # Not LlavaForConditionalGeneration.__init__, which would build a stock model first.
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = RoeLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RoeCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        image_sizes: Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        routing_segments: Tensor | None = None,
+        routes: Tensor | None = None,
+        route_bias: float | Tensor | None = None,
+        **kwargs,
+    ) -> RoeLlavaCausalLMOutputWithPast:
+        """Stock LLaVA's forward pass along a route per row.
+
+        In eval mode routing is hard and the loss is the cross entropy alone. In training mode, unless a cache or
+        `routes` is given, both paths of every layer run, mixed as `model.model.routing_phase` says, and the loss is
+        `roe_loss`.
+
+        Args:
+            routing_segments: (B, S) int: 0 context, t >= 1 question of turn t, -1 neither. `RoeLlavaProcessor` makes
+                it; without it the context ends with the last image and the rest is the question.
+            routes: (B, L) or (L,) bool: the route itself; no router runs and no routing token exists.
+            route_bias: number, or (L,): added to the keep logits; +inf keeps a layer, -inf skips it.
+            Others: as in `LlavaForConditionalGeneration`.
+        Raises: ValueError if `routes` or `route_bias` come with a cache that has routes, and for wrong shapes.
+        """
+        routing = Routing(self.config.text_config.num_hidden_layers)
+        if labels is not None and routing_segments is None and routes is None:
+            routing_segments = self.model.segments_of(input_ids, inputs_embeds, attention_mask, labels)
+        outputs = super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            labels=labels if not self.training or routes is not None else None,
+            logits_to_keep=logits_to_keep,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            routing_segments=routing_segments,
+            routes=routes,
+            route_bias=route_bias,
+            routing=routing,
+            **kwargs,
+        )
+        loss = outputs.loss
+        if labels is not None and routing.is_soft:
+            loss = roe_loss(outputs.logits, labels, routing.skip_share(), self.config.target_skip_ratio)
+        return RoeLlavaCausalLMOutputWithPast(
+            **{**outputs, "loss": loss},
+            routes=routing.decided_routes(outputs.logits.device),
+            router_logits=routing.router_logits(),
+            turn_skip_weights=routing.turn_skip_weights(),
+            turn_mask=routing.turn_mask,
+        )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in Transformers; the folder also gets the code that `trust_remote_code=True` loads."""
+        self.config.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, source, *args, output_loading_info=False, allow_untrained=False, **kwargs):
+        """As in Transformers, but weights that are not in the checkpoint are an error and not a fresh initialisation.
+
+        A stock LLaVA checkpoint loads whole: its routing parts are new, which a warning says.
+
+        Args:
+            source: folder or Hub id.
+            allow_untrained: initialise missing routing parts of a RoE checkpoint too (to start training from it).
+        Raises: ValueError naming the missing tensors.
+        """
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        new = sorted(name for name in model.state_dict() if is_roe_parameter(name))
+        if missing:
+            is_stock = missing == new and source_model_type(source, kwargs) != cls.config_class.model_type
+            if not set(missing) <= set(new) or not (is_stock or allow_untrained):
+                raise ValueError(missing_weights_message(source, missing, len(new)))
+            logger.warning(
+                f"{len(missing)} of the {len(new)} routing tensors (routers, adapters, routing tokens) are not in {source}"
+                " and start untrained: train them, graft trained ones onto the checkpoint, or pin routes=."
+            )
+        model.config.model_type = cls.config_class.model_type  # a stock config keeps its own name on the instance
+        return (model, info) if output_loading_info else model
+
+
+def source_model_type(source, kwargs: dict) -> str | None:
+    """`model_type` in a checkpoint's own config.json, whatever config the caller loads it with."""
+    where = ("cache_dir", "revision", "token", "subfolder", "local_files_only", "proxies")
+    return PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in where if k in kwargs})[0].get("model_type")
+
+
+def is_roe_parameter(name: str) -> bool:
+    """Whether a parameter (in memory or on disk) is one of those RoE adds to the base."""
+    return any(part in name for part in ROE_PARTS)
+
+
+def missing_weights_message(source, missing: list[str], num_new: int) -> str:
+    """What is missing, and why that may be."""
+    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    parts = sum(is_roe_parameter(name) for name in missing)
+    return (
+        f"{source} lacks {len(missing)} tensors of this model ({parts} of its {num_new} routing tensors): {shown}. "
+        "A RoE checkpoint is never completed with random weights: was a shard lost, or was the folder saved by stock "
+        "LLaVA, which drops the routing parts?"
+    )
+
+
+def check_batch(batch_size: int, cache: RoeCache) -> None:
+    """A cache follows as many rows as it has routes."""
+    if cache.routes.shape[0] != batch_size:
+        raise ValueError(f"past_key_values holds routes of {cache.routes.shape[0]} rows, the input has {batch_size}")
+
+
+# Custom classes do not inherit the names under which llava-hf checkpoints store LLaVA's weights.
+for _name, _source in (("RoeLlavaForConditionalGeneration", "llava"), ("RoeLlavaModel", "LlavaModel")):
+    register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping(_source), overwrite=True)
+
+RoeLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["RoeLlavaCausalLMOutputWithPast", "RoeLlavaForConditionalGeneration", "RoeLlavaModel"]
