@@ -540,7 +540,7 @@ class RoeLlavaForConditionalGeneration(RoeGenerationMixin, RoeLlavaPreTrainedMod
             if not set(missing) <= set(new) or not (is_stock or allow_untrained):
                 raise ValueError(missing_weights_message(source, missing, len(new)))
             logger.warning(
-                f"{len(missing)} of the {len(new)} routing tensors (routers, adapters, routing tokens) are not in {source}"
+                f"{len(missing)} of the {len(new)} routing tensors (routers, adapters, tokens) are not in {source}"
                 " and start untrained: train them, graft trained ones onto the checkpoint, or pin routes=."
             )
         model.config.model_type = cls.config_class.model_type  # a stock config keeps its own name on the instance
