@@ -70,12 +70,14 @@ class RoeLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
         router_logits (`torch.Tensor` of shape `(B, L, 2)`): raw logits (keep, skip) of the deciding turn; `None` where
             no router ran (decoding, pinned routes). Layers without a router have (inf, -inf).
         turn_skip_weights (`torch.Tensor` of shape `(B, T, L)`): training only, weight of the skip path per turn.
+        turn_router_logits (`torch.Tensor` of shape `(B, T, L, 2)`): training only, raw logits per turn.
         turn_mask (`torch.BoolTensor` of shape `(B, T)`): training only, the turns an example has.
     """
 
     routes: Tensor | None = None
     router_logits: Tensor | None = None
     turn_skip_weights: Tensor | None = None
+    turn_router_logits: Tensor | None = None
     turn_mask: Tensor | None = None
 
 
@@ -513,6 +515,7 @@ class RoeLlavaForConditionalGeneration(RoeGenerationMixin, RoeLlavaPreTrainedMod
             routes=routing.decided_routes(outputs.logits.device),
             router_logits=routing.router_logits(),
             turn_skip_weights=routing.turn_skip_weights(),
+            turn_router_logits=routing.turn_router_logits(),
             turn_mask=routing.turn_mask,
         )
 

@@ -295,21 +295,28 @@ class Routing:
         return self.phase is not None
 
     def router_logits(self) -> Tensor | None:
-        """Raw logits of the deciding (last) turn over routed layers: (B, L, 2), or `None` if no router ran.
+        """Raw logits of the deciding (last) turn: (B, L, 2), or `None` if no router ran.
 
         A layer without a router has +inf to keep and -inf to skip.
         """
-        known = next((logits for logits in self.logits if logits is not None), None)
-        if known is None:
+        if not self.is_soft:
+            return self._of_all_layers(self.logits)
+        logits = self.turn_router_logits()
+        if logits is None:
             return None
-        always = known.new_tensor([math.inf, -math.inf]).expand(known.shape[0], 2)
-        return torch.stack([always if one is None else self._deciding(one).to(known.device) for one in self.logits], 1)
-
-    def _deciding(self, logits: Tensor) -> Tensor:
-        if logits.dim() == 2:
-            return logits
         last = self.turn_mask.sum(dim=1).to(logits.device) - 1
         return logits[torch.arange(logits.shape[0], device=logits.device), last]
+
+    def turn_router_logits(self) -> Tensor | None:
+        """Training: raw logits of every turn, (B, T, L, 2); layers without a router as above."""
+        return self._of_all_layers(self.logits) if self.is_soft else None
+
+    def _of_all_layers(self, logits: list[Tensor | None]) -> Tensor | None:
+        known = next((one for one in logits if one is not None), None)
+        if known is None:
+            return None
+        always = known.new_tensor([math.inf, -math.inf]).expand_as(known)
+        return torch.stack([always if one is None else one.to(known.device) for one in logits], dim=-2)
 
     def decided_routes(self, device: torch.device) -> Tensor | None:
         """(B, L) bool routes the rows took; `None` in soft training, where no layer is left out."""

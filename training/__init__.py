@@ -1,0 +1,1 @@
+"""Training routers, adapters and routing tokens with the stock `Trainer`."""

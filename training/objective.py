@@ -1,0 +1,90 @@
+"""What RoE training minimises: the published loss, and one that spends a budget over many examples.
+
+B batch, T turns, L decoder layers, S sequence, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..routing_roe import roe_loss, token_loss_per_example
+
+
+def routing_information(skip_probability: Tensor, turn_mask: Tensor) -> Tensor:
+    """Mutual information between question and decision, in nats per layer: scalar in [0, log 2].
+
+    Entropy of a layer's mean decision minus the mean entropy of its decisions, averaged over layers. 0 when every
+    question takes the same route, however undecided it is.
+
+    Args:
+        skip_probability: (B, T, L) in [0, 1].
+        turn_mask: (B, T) bool.
+    """
+    probability = skip_probability[turn_mask]
+    return (binary_entropy(probability.mean(dim=0)) - binary_entropy(probability).mean(dim=0)).mean()
+
+
+def binary_entropy(probability: Tensor) -> Tensor:
+    """Entropy of a yes-or-no decision, in nats."""
+    probability = probability.clamp(1e-6, 1 - 1e-6)
+    return -probability * probability.log() - (1 - probability) * (1 - probability).log()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Loss of a training step, from the model's outputs.
+
+    Attributes:
+        target_skip_ratio: wanted share of skipped (question, layer) pairs.
+        budget: `"example"`: the published penalty, on every example that skips too little, faded out where the token
+            loss is high. `"batch"`: two-sided, on the mean over the batch, so that easy questions pay for hard ones.
+        budget_weight: nats per unit of share missed, `"batch"` only.
+        information_weight: nats per nat of `routing_information`; pushes against one route for all.
+    """
+
+    target_skip_ratio: float
+    budget: str = "example"
+    budget_weight: float = 1.0
+    information_weight: float = 0.0
+
+    def __post_init__(self):
+        if self.budget not in ("example", "batch"):
+            raise ValueError(f"budget must be 'example' or 'batch', got {self.budget!r}")
+
+    def loss(self, outputs, labels: Tensor, stage: int) -> Tensor:
+        """Scalar loss of a batch.
+
+        Args:
+            outputs: of the model in training mode.
+            labels: (B, S), -100 where there is no target.
+            stage: of the schedule; in stage 0 decisions are random and there is nothing to push.
+        """
+        weights, mask = outputs.turn_skip_weights, outputs.turn_mask
+        if weights is None:  # pinned routes: nothing is decided
+            return mean_over_labelled(token_loss_per_example(outputs.logits, labels), labels)
+        if self.budget == "example":
+            share = (weights.mean(dim=-1) * mask).sum(dim=1) / mask.sum(dim=1)
+            return roe_loss(outputs.logits, labels, share, self.target_skip_ratio)
+        loss = mean_over_labelled(token_loss_per_example(outputs.logits, labels), labels)
+        if stage == 0:
+            return loss
+        loss = loss + self.budget_weight * (weights[mask].mean() - self.target_skip_ratio).abs()
+        if self.information_weight:
+            skip_probability = outputs.turn_router_logits.softmax(dim=-1)[..., 1]
+            loss = loss - self.information_weight * routing_information(skip_probability, mask)
+        return loss
+
+
+def mean_over_labelled(losses: Tensor, labels: Tensor) -> Tensor:
+    """Mean of (B,) losses over the examples that have a target."""
+    labelled = (labels[:, 1:] != -100).any(dim=1).to(losses)
+    return (losses * labelled).sum() / labelled.sum().clamp(min=1)
+
+
+def hard_skip_ratio(outputs) -> float:
+    """Share of (question, layer) pairs that inference would skip, from a training batch's raw router logits."""
+    skips = outputs.turn_router_logits[..., 1] >= outputs.turn_router_logits[..., 0]
+    return skips[outputs.turn_mask].float().mean().item()
+
+
+__all__ = ["Objective", "hard_skip_ratio", "routing_information"]

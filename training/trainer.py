@@ -1,0 +1,113 @@
+"""The stock `Trainer` with RoE's loss, parameter groups by name, and stages that follow from the step alone."""
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback
+
+from .objective import Objective, hard_skip_ratio
+from .schedule import StageSchedule, cosine_with_warmup
+
+GROUPS = ("adapter", "router", "routing_tokens", "base")
+
+
+def group_of(name: str) -> str:
+    """Parameter group a parameter belongs to, by its name."""
+    return next((group for group in GROUPS[:-1] if f".{group}." in name), "base")
+
+
+def parameter_groups(model, rates: dict[str, float]) -> list[dict]:
+    """One optimizer group per name in `rates`; groups left out, and the vision tower, are frozen.
+
+    Args:
+        model: a RoE-LLaVA; `requires_grad` of its parameters is set.
+        rates: learning rate per group, e.g. {"adapter": 4e-4, "router": 4e-4, "routing_tokens": 4e-4}.
+    Raises: ValueError for an unknown group name.
+    """
+    unknown = set(rates) - set(GROUPS)
+    if unknown:
+        raise ValueError(f"unknown parameter groups {sorted(unknown)}, expected some of {GROUPS}")
+    members = {group: [] for group in rates}
+    for name, parameter in model.named_parameters():
+        group = group_of(name)
+        parameter.requires_grad_(group in rates and "vision_tower" not in name)
+        if parameter.requires_grad:
+            members[group].append(parameter)
+    return [{"name": group, "params": members[group], "lr": rates[group], "weight_decay": 0.0} for group in rates]
+
+
+class RoutingScheduleCallback(TrainerCallback):
+    """Sets the model's routing phase before every step: a function of the step, so resuming needs no state."""
+
+    def __init__(self, schedule: StageSchedule):
+        self.schedule = schedule
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model.model.routing_phase = self.schedule.phase(state.global_step / state.max_steps)
+
+
+class RoeTrainer(Trainer):
+    """`Trainer` for RoE: `RoeTrainer(model, schedule=..., objective=..., rates=..., args=..., train_dataset=..., ...)`.
+
+    Args:
+        schedule: stages of the run.
+        objective: loss of a step.
+        rates: learning rate per parameter group; see `parameter_groups`.
+        Others: as in `Trainer`. The scheduler is cosine with 5 % warm-up, switched per group by the stage.
+    """
+
+    def __init__(self, model, *, schedule: StageSchedule, objective: Objective, rates: dict[str, float], **kwargs):
+        self.schedule, self.objective = schedule, objective
+        self.groups = parameter_groups(model, rates)
+        self._decisions: list[tuple[float, float]] = []  # (hard skip ratio, skip weight) since the last log
+        super().__init__(model=model, **kwargs)
+        self.add_callback(RoutingScheduleCallback(schedule))
+        self.model_accepts_loss_kwargs = False  # a mean over examples: accumulation steps have to be divided by
+
+    def create_optimizer(self, model=None):
+        """AdamW over the named groups."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.groups, betas=(self.args.adam_beta1, self.args.adam_beta2))
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Cosine with warm-up; 0 for a group that does not train at its stage."""
+        if self.lr_scheduler is None:
+
+            def multiplier(group):
+                def at(step):
+                    progress = min(step / num_training_steps, 1.0)
+                    return cosine_with_warmup(progress) * self.schedule.trains(group, progress)
+
+                return at
+
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = LambdaLR(optimizer, [multiplier(group["name"]) for group in self.groups])
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective on the model's outputs; the model itself gets no labels and computes no loss."""
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        loss = self.objective.loss(outputs, labels, self.schedule.stage(progress))
+        if outputs.turn_skip_weights is not None and outputs.turn_router_logits is not None:
+            weight = outputs.turn_skip_weights[outputs.turn_mask].mean().item()
+            self._decisions.append((hard_skip_ratio(outputs), weight))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict, *args, **kwargs):
+        """Adds the routers' skip ratio (what inference would do) and the mean skip weight since the last log."""
+        if self._decisions and "loss" in logs:
+            hard, soft = (sum(column) / len(column) for column in zip(*self._decisions, strict=True))
+            logs |= {"hard_skip_ratio": round(hard, 4), "skip_weight": round(soft, 4)}
+            self._decisions.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # The stock method reads hub names with a plain load_state_dict and restores nothing of a LLaVA.
+        model = self.model if model is None else model
+        saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config)
+        model.load_state_dict(saved.state_dict())
+
+
+__all__ = ["RoeTrainer", "RoutingScheduleCallback", "parameter_groups"]
