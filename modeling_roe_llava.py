@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlavaForConditionalGeneration, PreTrainedConfig
 from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 from transformers.models.llava.modeling_llava import (
@@ -33,11 +32,13 @@ from transformers.utils.generic import can_return_tuple
 from .cache_roe import LayerRows, RoeCache
 from .configuration_roe import RoeLlavaConfig
 from .generation_roe import RoeGenerationMixin, check_holds_routes
+from .loading_roe import RoeLoadingMixin, register_names
 from .routing_roe import (
     RoutedAttentionConfig,
     Routing,
     RoutingAttention,
     RoutingPhase,
+    attentions_of_all_rows,
     checked_routes,
     default_segments,
     pad_segments,
@@ -48,17 +49,6 @@ from .routing_roe import (
 )
 
 logger = logging.get_logger(__name__)
-
-# What opens a saved folder. `AutoModel` gives the generative class, as is usual for remote code.
-AUTO_MAP = {
-    "AutoConfig": "configuration_roe.RoeLlavaConfig",
-    "AutoModel": "modeling_roe_llava.RoeLlavaForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_roe_llava.RoeLlavaForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_roe_llava.RoeLlavaForConditionalGeneration",
-}
-
-# Parts RoE adds to the base, by the part of a parameter's name they are known by.
-ROE_PARTS = (".router.", ".adapter.", ".routing_tokens.")
 
 
 @dataclass
@@ -260,7 +250,7 @@ class RoeLanguageModel:
                 cache.set_routes(routing.decided_routes(inputs_embeds.device), routing.rows)
             cache.tokens_seen += inputs_embeds.shape[1]
         if outputs.attentions:
-            outputs.attentions = self.attentions_of_all_rows(outputs.attentions, routing.rows)
+            outputs.attentions = attentions_of_all_rows(outputs.attentions, routing.rows)
         return outputs
 
     def place_routing_tokens(self, inputs_embeds, position_ids, attention_mask, routing: Routing, mode: str) -> None:
@@ -279,19 +269,6 @@ class RoeLanguageModel:
         # Rotary embeddings of all positions together: scaled variants look at the largest one.
         embeddings = self.rotary_emb(inputs_embeds, torch.cat([position_ids, routed], dim=1))
         routing.position_embeddings = tuple(part[:, -num_tokens:] for part in embeddings)
-
-    def attentions_of_all_rows(
-        self, attentions: tuple[Tensor, ...], rows: list[LayerRows]
-    ) -> tuple[Tensor | None, ...]:
-        """L entries: `None` where no row ran the layer, zeros in rows that skipped it."""
-        computed, complete = iter(attentions), []
-        for layer_rows in rows:
-            weights = None if layer_rows is not None and layer_rows.none_kept else next(computed)
-            if layer_rows is not None and layer_rows.kept is not None:
-                full = weights.new_zeros(len(layer_rows.keep), *weights.shape[1:])
-                weights = full.index_copy(0, layer_rows.kept.to(weights.device), weights)
-            complete.append(weights)
-        return tuple(complete)
 
 
 class RoeLlamaModel(RoeLanguageModel, LlamaModel):
@@ -435,7 +412,9 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
         return default_segments(image_mask, real, labels)
 
 
-class RoeLlavaForConditionalGeneration(RoeGenerationMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration):
+class RoeLlavaForConditionalGeneration(
+    RoeGenerationMixin, RoeLoadingMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration
+):
     """LLaVA that decides per example which decoder layers to run.
 
     Used like `LlavaForConditionalGeneration`; `forward` and `generate` take three arguments more.
@@ -519,58 +498,6 @@ class RoeLlavaForConditionalGeneration(RoeGenerationMixin, RoeLlavaPreTrainedMod
             turn_mask=routing.turn_mask,
         )
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in Transformers; the folder also gets the code that `trust_remote_code=True` loads."""
-        self.config.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(save_directory, *args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, source, *args, output_loading_info=False, allow_untrained=False, **kwargs):
-        """As in Transformers, but weights that are not in the checkpoint are an error and not a fresh initialisation.
-
-        A stock LLaVA checkpoint loads whole: its routing parts are new, which a warning says.
-
-        Args:
-            source: folder or Hub id.
-            allow_untrained: initialise missing routing parts of a RoE checkpoint too (to start training from it).
-        Raises: ValueError naming the missing tensors.
-        """
-        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        missing = sorted(info["missing_keys"])
-        new = sorted(name for name in model.state_dict() if is_roe_parameter(name))
-        if missing:
-            is_stock = missing == new and source_model_type(source, kwargs) != cls.config_class.model_type
-            if not set(missing) <= set(new) or not (is_stock or allow_untrained):
-                raise ValueError(missing_weights_message(source, missing, len(new)))
-            logger.warning(
-                f"{len(missing)} of the {len(new)} routing tensors (routers, adapters, tokens) are not in {source}"
-                " and start untrained: train them, graft trained ones onto the checkpoint, or pin routes=."
-            )
-        model.config.model_type = cls.config_class.model_type  # a stock config keeps its own name on the instance
-        return (model, info) if output_loading_info else model
-
-
-def source_model_type(source, kwargs: dict) -> str | None:
-    """`model_type` in a checkpoint's own config.json, whatever config the caller loads it with."""
-    where = ("cache_dir", "revision", "token", "subfolder", "local_files_only", "proxies")
-    return PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in where if k in kwargs})[0].get("model_type")
-
-
-def is_roe_parameter(name: str) -> bool:
-    """Whether a parameter (in memory or on disk) is one of those RoE adds to the base."""
-    return any(part in name for part in ROE_PARTS)
-
-
-def missing_weights_message(source, missing: list[str], num_new: int) -> str:
-    """What is missing, and why that may be."""
-    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-    parts = sum(is_roe_parameter(name) for name in missing)
-    return (
-        f"{source} lacks {len(missing)} tensors of this model ({parts} of its {num_new} routing tensors): {shown}. "
-        "A RoE checkpoint is never completed with random weights: was a shard lost, or was the folder saved by stock "
-        "LLaVA, which drops the routing parts?"
-    )
-
 
 def check_batch(batch_size: int, cache: RoeCache) -> None:
     """A cache follows as many rows as it has routes."""
@@ -578,10 +505,7 @@ def check_batch(batch_size: int, cache: RoeCache) -> None:
         raise ValueError(f"past_key_values holds routes of {cache.routes.shape[0]} rows, the input has {batch_size}")
 
 
-# Custom classes do not inherit the names under which llava-hf checkpoints store LLaVA's weights.
-for _name, _source in (("RoeLlavaForConditionalGeneration", "llava"), ("RoeLlavaModel", "LlavaModel")):
-    register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping(_source), overwrite=True)
-
+register_names(RoeLlavaForConditionalGeneration, RoeLlavaModel)
 RoeLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = ["RoeLlavaCausalLMOutputWithPast", "RoeLlavaForConditionalGeneration", "RoeLlavaModel"]

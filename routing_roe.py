@@ -358,6 +358,18 @@ def take_rows(value, rows: Tensor, batch_size: int):
     return value.index_select(0, rows.to(value.device))
 
 
+def attentions_of_all_rows(self, attentions: tuple[Tensor, ...], rows: list[LayerRows]) -> tuple[Tensor | None, ...]:
+    """L entries: `None` where no row ran the layer, zeros in rows that skipped it."""
+    computed, complete = iter(attentions), []
+    for layer_rows in rows:
+        weights = None if layer_rows is not None and layer_rows.none_kept else next(computed)
+        if layer_rows is not None and layer_rows.kept is not None:
+            full = weights.new_zeros(len(layer_rows.keep), *weights.shape[1:])
+            weights = full.index_copy(0, layer_rows.kept.to(weights.device), weights)
+        complete.append(weights)
+    return tuple(complete)
+
+
 class RoutingAttention:
     """One layer's attention for the R routing tokens that ride at the end of the sequence.
 

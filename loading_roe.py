@@ -1,0 +1,84 @@
+"""How a RoE-LLaVA is opened and saved: nothing is left at random in silence, and a folder carries its own code."""
+
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# What opens a saved folder. `AutoModel` gives the generative class, as is usual for remote code.
+AUTO_MAP = {
+    "AutoConfig": "configuration_roe.RoeLlavaConfig",
+    "AutoModel": "modeling_roe_llava.RoeLlavaForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_roe_llava.RoeLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_roe_llava.RoeLlavaForConditionalGeneration",
+}
+
+# Parts RoE adds to the base, by the part of a parameter's name they are known by.
+ROE_PARTS = (".router.", ".adapter.", ".routing_tokens.")
+
+
+class RoeLoadingMixin:
+    """`from_pretrained` that refuses incomplete checkpoints, `save_pretrained` that names the code."""
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in Transformers; the folder also gets the code that `trust_remote_code=True` loads."""
+        self.config.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, source, *args, output_loading_info=False, allow_untrained=False, **kwargs):
+        """As in Transformers, but weights that are not in the checkpoint are an error and not a fresh initialisation.
+
+        A stock LLaVA checkpoint loads whole: its routing parts are new, which a warning says.
+
+        Args:
+            source: folder or Hub id.
+            allow_untrained: initialise missing routing parts of a RoE checkpoint too (to start training from it).
+        Raises: ValueError naming the missing tensors.
+        """
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        new = sorted(name for name in model.state_dict() if is_roe_parameter(name))
+        if missing:
+            is_stock = missing == new and source_model_type(source, kwargs) != cls.config_class.model_type
+            if not set(missing) <= set(new) or not (is_stock or allow_untrained):
+                raise ValueError(missing_weights_message(source, missing, len(new)))
+            logger.warning(
+                f"{len(missing)} of the {len(new)} routing tensors (routers, adapters, tokens) are not in {source}"
+                " and start untrained: train them, graft trained ones onto the checkpoint, or pin routes=."
+            )
+        model.config.model_type = cls.config_class.model_type  # a stock config keeps its own name on the instance
+        return (model, info) if output_loading_info else model
+
+
+def source_model_type(source, kwargs: dict) -> str | None:
+    """`model_type` in a checkpoint's own config.json, whatever config the caller loads it with."""
+    where = ("cache_dir", "revision", "token", "subfolder", "local_files_only", "proxies")
+    return PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in where if k in kwargs})[0].get("model_type")
+
+
+def is_roe_parameter(name: str) -> bool:
+    """Whether a parameter (in memory or on disk) is one of those RoE adds to the base."""
+    return any(part in name for part in ROE_PARTS)
+
+
+def missing_weights_message(source, missing: list[str], num_new: int) -> str:
+    """What is missing, and why that may be."""
+    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    parts = sum(is_roe_parameter(name) for name in missing)
+    return (
+        f"{source} lacks {len(missing)} tensors of this model ({parts} of its {num_new} routing tensors): {shown}. "
+        "A RoE checkpoint is never completed with random weights: was a shard lost, or was the folder saved by stock "
+        "LLaVA, which drops the routing parts?"
+    )
+
+
+def register_names(head: type, base: type) -> None:
+    """Tell Transformers how llava-hf checkpoints name LLaVA's weights, which custom classes do not inherit."""
+    for cls, source in ((head, "llava"), (base, "LlavaModel")):
+        # Overwritten because the Hub loader may execute these files again.
+        register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping(source), overwrite=True)
+
+
+__all__ = ["AUTO_MAP", "RoeLoadingMixin", "is_roe_parameter", "register_names"]
