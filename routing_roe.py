@@ -358,7 +358,7 @@ def take_rows(value, rows: Tensor, batch_size: int):
     return value.index_select(0, rows.to(value.device))
 
 
-def attentions_of_all_rows(self, attentions: tuple[Tensor, ...], rows: list[LayerRows]) -> tuple[Tensor | None, ...]:
+def attentions_of_all_rows(attentions: tuple[Tensor, ...], rows: list[LayerRows]) -> tuple[Tensor | None, ...]:
     """L entries: `None` where no row ran the layer, zeros in rows that skipped it."""
     computed, complete = iter(attentions), []
     for layer_rows in rows:
