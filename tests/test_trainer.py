@@ -1,0 +1,264 @@
+"""The training library: stages as functions of progress, named groups, the objective, exact resume."""
+
+import math
+
+import pytest
+import tiny
+import torch
+from roe_llava import RoutingPhase
+from roe_llava.training.objective import Objective, routing_information
+from roe_llava.training.schedule import StageSchedule, cosine_with_warmup
+from roe_llava.training.trainer import RoeTrainer, group_of, parameter_groups
+from transformers import TrainerCallback, TrainingArguments
+
+RATES = {"adapter": 1e-2, "router": 1e-2, "routing_tokens": 1e-2}
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+def test_stages_begin_at_their_share_of_the_run():
+    schedule = StageSchedule()
+    assert [schedule.stage(progress) for progress in (0.0, 0.299, 0.3, 0.499, 0.5, 0.99)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_phases_follow_from_progress_as_published():
+    schedule = StageSchedule(target_skip_ratio=0.3)
+    assert schedule.phase(0.1) == RoutingPhase("random", keep_bias=1 - math.sqrt(0.6))
+    soft = schedule.phase(0.4001)  # 20 decays after 0.3
+    assert soft.mode == "soft"
+    assert soft.temperature == pytest.approx(10 * 0.95**20)
+    assert soft.keep_bias == pytest.approx((1 - math.sqrt(0.6)) * 0.85**20)
+    last = schedule.phase(0.6001)
+    assert (last.mode, last.keep_bias) == ("soft", 0.0)
+    assert last.temperature == pytest.approx(10 * 0.95**60)
+
+
+def test_the_last_stage_can_route_hard_above_a_temperature_floor():
+    schedule = StageSchedule(last_mode="hard", temperature_floor=0.5, gumbel_end=0.8)
+    assert schedule.phase(0.7).mode == "hard" and schedule.phase(0.7).gumbel
+    assert not schedule.phase(0.9).gumbel
+    assert schedule.phase(0.999).temperature == 0.5
+
+
+def test_groups_start_to_learn_stage_by_stage():
+    schedule = StageSchedule()
+    learns = {group: [schedule.trains(group, p) for p in (0.1, 0.4, 0.6)] for group in (*RATES, "base")}
+    assert learns == {
+        "adapter": [True, True, True],
+        "router": [False, True, True],
+        "routing_tokens": [False, True, True],
+        "base": [False, False, True],
+    }
+
+
+def test_the_rate_warms_up_and_falls_to_zero():
+    assert cosine_with_warmup(0.0) == 0.0
+    assert cosine_with_warmup(0.05) == 1.0
+    assert cosine_with_warmup(1.0) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("target_skip_ratio", 0.6), ("warmup_end", 0.7), ("last_mode", "fuzzy"), ("soft_end", 1.5)]
+)
+def test_a_wrong_schedule_is_refused(field, value):
+    with pytest.raises(ValueError, match=str(value)):
+        StageSchedule(**{field: value}).phase(0.99)
+
+
+# -------------------------------------------------------------------------------------------------------------- groups
+
+
+def test_parameters_are_grouped_by_name():
+    assert group_of("model.language_model.layers.3.adapter.up_proj.weight") == "adapter"
+    assert group_of("model.language_model.layers.3.router.weight") == "router"
+    assert group_of("model.language_model.routing_tokens.weight") == "routing_tokens"
+    assert group_of("model.language_model.layers.3.mlp.up_proj.weight") == "base"
+
+
+def test_groups_left_out_and_the_vision_tower_are_frozen():
+    model = tiny.tiny_model()
+    parameter_groups(model, {**RATES, "base": 1e-3})
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen and all("vision_tower" in name for name in frozen)
+    groups = parameter_groups(model, RATES)
+    assert [group["name"] for group in groups] == list(RATES)
+    assert not model.lm_head.weight.requires_grad
+
+
+def test_an_unknown_group_is_named():
+    with pytest.raises(ValueError, match="routers"):
+        parameter_groups(tiny.tiny_model(), {"routers": 1e-3})
+
+
+# ----------------------------------------------------------------------------------------------------------- objective
+
+
+def test_one_route_for_all_carries_no_information():
+    mask = torch.ones(6, 1, dtype=torch.bool)
+    undecided = torch.full((6, 1, 3), 0.5)
+    assert routing_information(undecided, mask) == pytest.approx(0.0, abs=1e-6)
+    assert routing_information(torch.ones(6, 1, 3), mask) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_two_routes_carry_one_bit_per_layer():
+    mask = torch.ones(6, 1, dtype=torch.bool)
+    skips = torch.tensor([0.0, 1.0] * 3)[:, None, None].expand(6, 1, 3)
+    assert routing_information(skips, mask) == pytest.approx(math.log(2), abs=1e-4)
+
+
+def learner(mode="soft"):
+    model = tiny.tiny_model().train()
+    model.model.routing_phase = RoutingPhase(mode)
+    return model
+
+
+def test_the_example_budget_is_the_models_own_loss():
+    model, inputs = learner(), tiny.batch()
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :-2] = -100
+    own = model(**inputs, labels=labels)
+    outputs = model(**inputs, routing_segments=segments(model, inputs, labels))
+    objective = Objective(model.config.target_skip_ratio)
+    torch.testing.assert_close(objective.loss(outputs, labels, stage=2), own.loss)
+
+
+def segments(model, inputs, labels):
+    return model.model.segments_of(inputs["input_ids"], None, inputs["attention_mask"], labels)
+
+
+def test_the_batch_budget_pulls_both_ways():
+    model, inputs = learner("hard"), tiny.batch()
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    outputs = model(**inputs)
+    share = outputs.turn_skip_weights.mean().item()
+    losses = [Objective(target, budget="batch").loss(outputs, labels, stage=2).item() for target in (share, 0.0, 0.5)]
+    plain = Objective(0.5, budget="batch").loss(outputs, labels, stage=0).item()
+    assert losses[0] == pytest.approx(plain)
+    assert losses[1] == pytest.approx(plain + share, abs=1e-5)
+    assert losses[2] == pytest.approx(plain + abs(0.5 - share), abs=1e-5)
+
+
+def test_an_unknown_budget_is_refused():
+    with pytest.raises(ValueError, match="layer"):
+        Objective(0.3, budget="layer")
+
+
+# -------------------------------------------------------------------------------------------------------------- trainer
+
+
+def rows():
+    """Eight single-question examples of one length, as the collator below stacks them."""
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for _ in range(8):
+        words = torch.randint(3, 100, (7,), generator=generator)
+        ids = torch.cat([torch.tensor([1, *[tiny.IMAGE] * 4]), words])
+        pixels = torch.randn(3, 28, 28, generator=generator)
+        labels = torch.full_like(ids, -100)
+        labels[-2:] = ids[-2:]
+        data.append(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+        )
+    return data
+
+
+def stack(examples):
+    batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+    segments = torch.tensor([0] * 5 + [1] * 5 + [-1] * 2).expand(len(examples), -1)
+    return {**batch, "routing_segments": segments}
+
+
+def trainer_for(model, folder, steps=8, schedule=None, objective=None, **settings):
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        learning_rate=1.0,  # not read: every group has its own
+        logging_steps=2,
+        report_to=[],
+        remove_unused_columns=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        **{"save_strategy": "no", "per_device_train_batch_size": 2, **settings},
+    )
+    return RoeTrainer(
+        model,
+        schedule=schedule or StageSchedule(last_mode="hard"),
+        objective=objective or Objective(0.3, budget="batch", information_weight=0.1),
+        rates=RATES,
+        args=arguments,
+        train_dataset=rows(),
+        data_collator=stack,
+    )
+
+
+def test_training_moves_the_routing_parts_and_nothing_else(tmp_path):
+    model = tiny.tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer_for(model, tmp_path).train()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if group_of(name) != "base"}
+
+
+def test_the_phase_follows_the_step(tmp_path):
+    trainer, modes = trainer_for(tiny.tiny_model(), tmp_path, steps=10), []
+    compute = trainer.compute_loss
+
+    def watched(model, inputs, **kwargs):
+        modes.append(model.model.routing_phase.mode)
+        return compute(model, inputs, **kwargs)
+
+    trainer.compute_loss = watched
+    trainer.train()
+    assert modes == ["random"] * 3 + ["soft"] * 2 + ["hard"] * 5
+
+
+def test_routers_do_not_learn_in_the_warm_up(tmp_path):
+    model = tiny.tiny_model()
+    before = model.model.language_model.layers[1].router.weight.clone()
+    trainer = trainer_for(model, tmp_path, steps=10)
+    router, unmoved = model.model.language_model.layers[1].router, []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            unmoved.append(torch.equal(router.weight, before))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert unmoved == [True] * 3 + [False] * 7
+
+
+def test_logs_hold_the_skip_ratio_of_the_routers(tmp_path):
+    trainer = trainer_for(tiny.tiny_model(), tmp_path)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "hard_skip_ratio" in entry]
+    assert len(logged) == 4 and all(0 <= entry["hard_skip_ratio"] <= 1 for entry in logged)
+
+
+def test_resuming_gives_the_weights_of_an_unbroken_run(tmp_path):
+    whole, resumed = tiny.tiny_model(), tiny.tiny_model()
+    trainer_for(whole, tmp_path / "whole", save_strategy="steps", save_steps=4).train()
+    trainer_for(resumed, tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_accumulated_steps_equal_one_large_batch(tmp_path):
+    models = []
+    for size, accumulate in ((4, 1), (2, 2)):
+        model = tiny.tiny_model()
+        trainer = trainer_for(
+            model,
+            tmp_path,
+            steps=3,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulate,
+            schedule=StageSchedule(warmup_end=0.0, soft_end=1.0),  # no draws, which would depend on the batch
+            objective=Objective(0.3),  # a mean over examples
+        )
+        before = model.model.language_model.routing_tokens.weight.clone()
+        trainer.train()
+        assert not torch.equal(model.model.language_model.routing_tokens.weight, before)
+        models.append(model)
+    for name, tensor in models[0].state_dict().items():
+        torch.testing.assert_close(tensor, models[1].state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
