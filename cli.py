@@ -1,0 +1,52 @@
+"""`roe-llava`: the commands.
+
+A command is a module with `add_arguments(parser)` and `run(args)`. It is imported when its command is asked for, so
+that help comes at once.
+"""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "demo": ("examples.tiny_world.demo", "answer held-out questions with the shipped model, base beside RoE"),
+    "graft": ("convert.graft", "put trained routing parts onto a LLaVA checkpoint"),
+    "train": ("training.train", "train routing parts on a LLaVA checkpoint"),
+}
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser; only the chosen command's module is imported and gives its arguments."""
+    parser = argparse.ArgumentParser(prog="roe-llava", description="Routing Experts (RoE) for LLaVA.")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name == chosen:
+            module = importlib.import_module(f".{module}", __package__)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Returns: exit status: 0, or what the command returns, or 2 for wrong arguments and input.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(next((word for word in argv if not word.startswith("-")), None)).parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The identity of a base: a hash over every byte of every tensor, taken while the tensors stream by.
+
+A tensor's signature is its dtype, its shape and the first 16 hex digits of a SHA-256 over the SHA-256 of its blocks of
+16 MiB; blocks are independent, so several threads hash one tensor. The fingerprint is the SHA-256 of the sorted
+signatures under names in memory. It does not depend on sharding, tensor order, file format, the name layout or the
+config file, and a single changed weight changes it.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from .source import resolve_source
+from .state_dict import canonical_base, split_routing_parts
+from .weights import Checkpoint, StoredTensor, open_checkpoint
+
+
+class TensorHasher:
+    """Hashes tensors block by block in the background.
+
+    Args:
+        num_threads: how many blocks to hash at once; as many wait, so memory stays at a few blocks.
+    """
+
+    def __init__(self, num_threads: int | None = None):
+        num_threads = num_threads or min(4, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(num_threads)
+        self._room = threading.Semaphore(2 * num_threads)
+        self._digests: dict[StoredTensor, list[Future]] = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, tensor: StoredTensor, block: bytes) -> None:
+        """Hash the next block of a tensor; waits while too many are in hand."""
+        self._room.acquire()
+        self._digests.setdefault(tensor, []).append(self._pool.submit(self._hash, block))
+
+    def _hash(self, block: bytes) -> bytes:
+        try:
+            return hashlib.sha256(block).digest()
+        finally:
+            self._room.release()
+
+    def signature(self, tensor: StoredTensor) -> str:
+        """ "F16 [2, 4] 0123456789abcdef" of a tensor whose blocks were all added."""
+        blocks = self._digests.get(tensor, [])
+        return f"{tensor.kind} {hashlib.sha256(b''.join(block.result() for block in blocks)).hexdigest()[:16]}"
+
+
+def base_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """The base's tensors of a checkpoint, its own or a RoE one, by name in memory."""
+    return canonical_base(split_routing_parts(checkpoint.tensors)[0])
+
+
+def base_kinds(checkpoint: Checkpoint) -> dict[str, str]:
+    """Dtype and shape of every base tensor: what can be compared without reading weights."""
+    return {name: tensor.kind for name, tensor in base_tensors(checkpoint).items()}
+
+
+def base_signatures(checkpoint: Checkpoint, progress: Callable[[int], object] = lambda num_bytes: None) -> dict:
+    """Signature of every base tensor by name in memory; reads the whole base, a few blocks at a time.
+
+    Args:
+        progress: called with the number of bytes done since its last call.
+    """
+    with TensorHasher() as hasher:
+        tensors = base_tensors(checkpoint)
+        for tensor in tensors.values():
+            for block in tensor.blocks():
+                hasher.add(tensor, block)
+                progress(len(block))
+        return {name: hasher.signature(tensor) for name, tensor in tensors.items()}
+
+
+def fingerprint(signatures: dict[str, str]) -> str:
+    """SHA-256 in hex over sorted names and signatures."""
+    lines = "".join(f"{name} {signature}\n" for name, signature in sorted(signatures.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def base_record(signatures: dict[str, str], base_id: str | None, revision: str | None) -> dict:
+    """What an adapter file says about its base."""
+    return {
+        "id": base_id,
+        "revision": revision,
+        "fingerprint": fingerprint(signatures),
+        "tensors": dict(sorted(signatures.items())),
+    }
+
+
+def describe_base(source: str | Path, revision: str | None = None, base_id: str | None = None) -> dict:
+    """The record of a base: id, revision, fingerprint, and a signature per tensor.
+
+    Args:
+        source: folder or Hub id.
+        revision: of a Hub id; a branch is resolved to its commit.
+        base_id: name to record; defaults to the Hub id or the folder's name.
+    Raises: ValueError if the base cannot be read.
+    """
+    where = resolve_source(source, revision)
+    return base_record(base_signatures(open_checkpoint(where.folder)), base_id or where.id, where.revision)

@@ -1,0 +1,178 @@
+"""The files of a model folder that are not weights: config, processor, tokenizer, code."""
+
+import shutil
+from collections.abc import Container
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .. import configuration_roe, modeling_roe_llava, processing_roe
+from .output import write_json
+from .source import read_json
+
+# What a folder needs to tokenize, to preprocess and to generate. Anything else of the base stays behind.
+COMPANIONS = (
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+OWN = ("config.json", "processor_config.json", "roe_adapter.json", "*.index.json")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+
+PROCESSOR_MAP = {"AutoProcessor": "processing_roe.RoeLlavaProcessor"}
+
+
+def read_base_config(folder: Path) -> dict:
+    """A LLaVA base's config.json, as it is written.
+
+    Raises: ValueError if it is none, has no language model, or one that cannot be routed.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    model_type = config.get("model_type")
+    if model_type == configuration_roe.RoeLlavaConfig.model_type:
+        raise ValueError(
+            f"{path} has model_type {model_type!r}: this base already has routing parts; take its own base"
+        )
+    if model_type != "llava":
+        raise ValueError(
+            f"{path} has model_type {model_type!r}, expected 'llava': RoE is grafted onto llava-hf checkpoints "
+            "(original LLaVA layouts have to be converted first)"
+        )
+    if not isinstance(config.get("text_config"), dict):
+        raise ValueError(f"{path} has no text_config, expected the language model's configuration: is the file whole?")
+    text_type = config["text_config"].get("model_type", "llama")  # LLaVA's own default
+    if text_type not in modeling_roe_llava.LANGUAGE_MODELS:
+        raise ValueError(
+            f"text_config.model_type {text_type!r} in {path} is not supported, routed decoders are "
+            f"{sorted(modeling_roe_llava.LANGUAGE_MODELS)}"
+        )
+    return config
+
+
+def grafted_config(base: dict, routing_fields: dict, provenance: dict) -> dict:
+    """The base's config.json with what makes it a RoE model.
+
+    Args:
+        base: content of the base's config.json.
+        routing_fields: of `RoeLlavaConfig`.
+        provenance: where weights come from: base and training.
+    Raises: ValueError if the fields do not fit the base (range, layer numbers).
+    """
+    config = base | {
+        "model_type": configuration_roe.RoeLlavaConfig.model_type,
+        "architectures": [modeling_roe_llava.RoeLlavaForConditionalGeneration.__name__],
+        "auto_map": modeling_roe_llava.AUTO_MAP,
+        **routing_fields,
+        "roe_provenance": provenance,
+    }
+    configuration_roe.RoeLlavaConfig.from_dict(config)
+    return config
+
+
+def processor_config(folder: Path, config: dict) -> tuple[dict | None, str | None]:
+    """processor_config.json that opens as `RoeLlavaProcessor`.
+
+    Args:
+        folder: of the base.
+        config: the base's config.json; gives what old processor files leave out.
+    Returns: its content and `None`, or `None` and the reason why there is no such processor.
+    """
+    path = folder / "processor_config.json"
+    content = read_json(path) if path.is_file() else {}
+    preprocessor = folder / "preprocessor_config.json"
+    has_images = "image_processor" in content or preprocessor.is_file()
+    if not has_images or not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None, "the base has no complete processor"
+    named = content.get("processor_class")
+    if named is None and preprocessor.is_file():
+        named = read_json(preprocessor).get("processor_class")
+    if named not in (None, "LlavaProcessor"):
+        return None, f"the base's {named} is kept: RoeLlavaProcessor stands in for LlavaProcessor alone"
+    content = {"processor_class": "RoeLlavaProcessor", "auto_map": PROCESSOR_MAP} | {
+        name: value for name, value in content.items() if name not in ("processor_class", "auto_map")
+    }
+    content.setdefault("image_token", "<image>")
+    for name, value in processor_defaults(config).items():
+        if content.get(name) is None:
+            content[name] = value
+    return content, None
+
+
+def processor_defaults(config: dict) -> dict:
+    """What the processor has to know of the model to count image tokens."""
+    full = configuration_roe.RoeLlavaConfig.from_dict(config)
+    has_class_token = full.vision_config.model_type == "clip_vision_model"
+    return {
+        "patch_size": full.vision_config.patch_size,
+        "vision_feature_select_strategy": full.vision_feature_select_strategy,
+        "num_additional_image_tokens": int(has_class_token),
+    }
+
+
+@dataclass
+class Companions:
+    """Files of a base that a grafted folder needs beside weights, config and code.
+
+    Attributes:
+        base: the base's folder.
+        copied: files to copy.
+        processor: processor_config.json to write; `None` to leave the base's.
+        dropped: what is left behind, name to reason.
+    """
+
+    base: Path
+    copied: list[Path]
+    processor: dict | None
+    dropped: dict[str, str]
+
+
+def find_companions(base: Path, config: dict, used: Container[str]) -> Companions:
+    """Processor, tokenizer, templates and generation settings of a base.
+
+    Args:
+        base: its folder.
+        config: content of its config.json.
+        used: names of its weight files that are copied elsewhere.
+    """
+    own = {path for pattern in OWN for path in base.glob(pattern)}
+    copied = {path for pattern in COMPANIONS for path in base.glob(pattern) if path.is_file()} - own
+    processor, reason = processor_config(base, config)
+    if processor is None and (base / "processor_config.json").is_file():
+        copied.add(base / "processor_config.json")
+    dropped = {"processor": reason} if reason else {}
+    for path in sorted(base.iterdir()):
+        if path.is_dir() or path.name.startswith(".") or path.name in used or path in own | copied:
+            continue
+        is_weights = path.name.endswith(WEIGHT_SUFFIXES)
+        dropped[path.name] = "weights in a second format" if is_weights else "belongs to the base alone"
+    return Companions(base, sorted(copied), processor, dropped)
+
+
+def write_companions(companions: Companions, folder: Path) -> None:
+    """Put them into a folder."""
+    for path in companions.copied:
+        copy = folder / path.relative_to(companions.base)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    if companions.processor is not None:
+        write_json(folder / "processor_config.json", companions.processor)
+
+
+def write_code(folder: Path) -> list[str]:
+    """Copy the code that `trust_remote_code=True` loads; names of the files.
+
+    The list is what Transformers itself finds by following relative imports.
+    """
+    entries = [module.__file__ for module in (configuration_roe, modeling_roe_llava, processing_roe)]
+    needed = {Path(file) for entry in entries for file in [entry, *get_relative_import_files(entry)]}
+    for file in sorted(needed):
+        shutil.copyfile(file, folder / file.name)
+    return sorted(file.name for file in needed)

@@ -1,0 +1,132 @@
+"""Folders that are written whole or not at all.
+
+A folder is built beside its place under a name of its own, flushed to the disk, and renamed. An old folder is set aside
+by a rename first and deleted last, so that a complete copy exists at every moment.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers.utils import logging
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: leftovers are reported and not removed
+    fcntl = None
+
+logger = logging.get_logger(__name__)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises: ValueError if a target exists and is not to be overwritten, or its parent is not there."""
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent} is not a folder: create it first, or give another target than {target}")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, expected a folder to write or a free name")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"{target} exists and is not empty: give another target, or overwrite it (--overwrite)")
+
+
+@contextmanager
+def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes its place when the block ends without an error.
+
+    Args:
+        target: where it shall be; a missing or an empty folder, or any folder with `overwrite`.
+        overwrite: replace what is there, once the new folder is whole.
+    Raises: ValueError as `check_target`.
+    """
+    target = Path(target).absolute()
+    check_target(target, overwrite)
+    report_leftovers(target)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    lock = lock_folder(partial)
+    try:
+        yield partial
+        partial.chmod(0o777 & ~current_umask())  # mkdtemp makes private folders
+        flush_tree(partial)
+        put_in_place(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename a whole folder to its place, an old one aside until then."""
+    previous = None
+    if target.is_dir() and any(target.iterdir()):
+        previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.previous-", dir=target.parent))
+        target.rename(previous)  # onto an empty folder: nobody else can have taken the name
+    try:
+        partial.rename(target)
+    except OSError:
+        if previous is not None:
+            previous.rename(target)
+        raise
+    flush(target.parent)
+    if previous is not None:  # renamed first: what is called previous is always complete
+        discarded = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        previous.rename(discarded)
+        shutil.rmtree(discarded)
+
+
+def report_leftovers(target: Path) -> None:
+    """Remove what a killed run left half done, and say where it left the old folder."""
+    for partial in target.parent.glob(f".{target.name}.partial-*"):
+        lock = lock_folder(partial)
+        if lock is None:  # at work, or no way to tell
+            continue
+        logger.warning(f"removing {partial}, left by a run that was interrupted")
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+    for previous in target.parent.glob(f".{target.name}.previous-*"):
+        if any(previous.iterdir()):
+            logger.warning(f"{previous} holds the complete folder that an interrupted run was replacing")
+
+
+def lock_folder(folder: Path) -> int | None:
+    """A lock that ends with this process; `None` if another one holds it."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file or a folder's entries to the disk."""
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        flush(path)
+    flush(folder)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,108 @@
+"""What is to be grafted: the routing parts of an adapter file or a full RoE checkpoint, and the base they belong to."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..configuration_roe import RoeLlavaConfig
+from .adapter_file import ABOUT_NAME, AdapterInfo, check_stored_parts, open_adapter
+from .fingerprint import base_signatures, base_tensors
+from .source import Source, read_json
+from .state_dict import difference, split_routing_parts
+from .weights import Checkpoint, StoredTensor, open_checkpoint
+
+
+@dataclass
+class RoutingParts:
+    """Routing parts, opened and checked, not in memory.
+
+    Attributes:
+        where: the adapter or RoE checkpoint.
+        info: sizes, routing fields, training and base.
+        tensors: name in memory to tensor.
+        checkpoint: the full RoE checkpoint they came in; `None` for an adapter file.
+    """
+
+    where: Source
+    info: AdapterInfo
+    tensors: dict[str, StoredTensor]
+    checkpoint: Checkpoint | None = None
+
+
+def open_routing_parts(where: Source) -> RoutingParts:
+    """Routing parts of an adapter file or of a full RoE checkpoint, checked.
+
+    Raises: ValueError if it is neither, or damaged or incomplete.
+    """
+    folder = where.folder
+    if (folder / ABOUT_NAME).is_file():
+        return RoutingParts(where, *open_adapter(folder))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has neither {ABOUT_NAME} nor config.json: it is no adapter and no RoE checkpoint")
+    content = read_json(folder / "config.json")
+    if content.get("model_type") != RoeLlavaConfig.model_type:
+        raise ValueError(
+            f"{folder / 'config.json'} has model_type {content.get('model_type')!r}, expected "
+            f"{RoeLlavaConfig.model_type!r}: are BASE and ROE swapped?"
+        )
+    provenance = content.get("roe_provenance") or {}
+    info = AdapterInfo.of_config(RoeLlavaConfig.from_dict(content), provenance.get("training"))
+    checkpoint = open_checkpoint(folder)
+    tensors = split_routing_parts(checkpoint.tensors)[1]
+    check_stored_parts(tensors, info.sizes, folder)
+    return RoutingParts(where, info, tensors, checkpoint)
+
+
+def expected_base(parts: RoutingParts, base: str | Path) -> dict[str, str]:
+    """Signatures of the base that the parts were trained on: recorded in an adapter file, else read now.
+
+    Raises: ValueError if that is not known.
+    """
+    if parts.checkpoint is not None:
+        num_bytes = sum(tensor.num_bytes for tensor in base_tensors(parts.checkpoint).values())
+        with byte_progress(num_bytes, f"reading {parts.where.id}") as progress:
+            return base_signatures(parts.checkpoint, progress)
+    if not (parts.info.base or {}).get("tensors"):
+        raise ValueError(
+            f"{parts.where.folder / ABOUT_NAME} does not say which base it was trained on, so it cannot be checked "
+            f"that it is {base}: graft with --any-base if you know it is"
+        )
+    return parts.info.base["tensors"]
+
+
+def check_same_base(
+    found: dict[str, str], expected: dict[str, str] | None, base: str | Path, parts: RoutingParts
+) -> None:
+    """Check signatures of a base, or dtypes and shapes alone, against those that are expected.
+
+    Args:
+        found: of the base, by name in memory.
+        expected: likewise; `None` to accept any base.
+        base: as the caller named it.
+        parts: what is to be grafted onto it.
+    Raises: ValueError saying what differs and what to do.
+    """
+    reason = difference(found, expected) if expected is not None else None
+    if reason is None:
+        return
+    if parts.checkpoint is not None:
+        raise ValueError(
+            f"the base weights in {parts.where.folder} are not those of {base}: {reason}. That checkpoint was tuned "
+            "whole (or made from another base); use it as it is, or graft its routing parts alone with --any-base"
+        )
+    known = parts.info.base
+    name = f"{known.get('id')} at revision {known['revision']}" if known.get("revision") else known.get("id")
+    raise ValueError(
+        f"{base} is not the base {parts.where.folder} was trained on ({name}, fingerprint "
+        f"{known.get('fingerprint')}): {reason}. Give that base, or graft all the same with --any-base"
+    )
+
+
+@contextmanager
+def byte_progress(total: int, what: str) -> Iterator[Callable[[int], object]]:
+    """A progress bar over bytes, as a function to call with how many were done; silent where nobody looks."""
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as bar:
+        yield bar.update

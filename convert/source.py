@@ -1,0 +1,70 @@
+"""Where a checkpoint comes from: a folder, or the Hub through huggingface_hub."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+# What is taken from the Hub beside weights; a base's code is not run here.
+COMPANIONS = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on this disk.
+
+    Attributes:
+        folder: where it is.
+        id: Hub id, or the folder's name.
+        revision: commit of a Hub id, else `None`.
+    """
+
+    folder: Path
+    id: str
+    revision: str | None = None
+
+
+def resolve_source(source: str | Path, revision: str | None = None) -> Source:
+    """A folder as it is; a Hub id is downloaded into the Hub's cache (or found there).
+
+    Raises: ValueError if it is neither, or a revision is given for a folder; OSError if the download fails.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} given with the folder {folder}: only a Hub id has revisions")
+        return Source(folder, folder.resolve().name)
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith((".", "/")):
+        raise ValueError(f"{source} is not a checkpoint folder, and no Hub id (owner/name) either: is the path right?")
+    return download(str(source), revision)
+
+
+def download(repo_id: str, revision: str | None) -> Source:
+    """Snapshot of a Hub repository; found in the cache where there is no network."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Every failure of the network ends as an OSError here; other calls of the Hub client let its own errors out.
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*COMPANIONS, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):  # never both formats: one is as large as the other
+            folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*COMPANIONS, "*.bin"]))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{repo_id} is no folder here and cannot be had from the Hub: {reason}") from error
+    return Source(folder, repo_id, folder.name)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises: ValueError if it is not there or not an object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is not a checkpoint folder: it has no {path.name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content

@@ -1,0 +1,302 @@
+"""Weight files of a checkpoint, read as streams: never more than a block in memory.
+
+Every file, `.bin` included, presents itself as the safetensors file it is or becomes: a sequence of blocks, each with
+the tensor it belongs to. Copying, hashing and renaming are loops over blocks.
+"""
+
+import json
+import math
+import pickle
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .state_dict import listed
+
+BLOCK_SIZE = 16 * 2**20
+
+# Names safetensors gives to dtypes; tensors of others cannot be stored.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        name: as the file has it.
+        dtype: as safetensors names it ("F16").
+        shape: of the tensor.
+        num_bytes: of its values.
+        file: where it is.
+        blocks: makes an iterator over its bytes; every block but the last has `BLOCK_SIZE` bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    file: Path
+    blocks: Callable[[], Iterator[bytes]]
+
+    @property
+    def kind(self) -> str:
+        """Dtype and shape as text, "F16 [2, 4]"."""
+        return f"{self.dtype} {list(self.shape)}"
+
+    def load(self) -> torch.Tensor:
+        """The tensor in memory.
+
+        Raises: ValueError for a dtype PyTorch does not read.
+        """
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.name} in {self.file} has dtype {self.dtype}, expected one of {sorted(DTYPES)}")
+        values = bytearray().join(self.blocks())
+        if not values:
+            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        return torch.frombuffer(values, dtype=DTYPES[self.dtype]).reshape(self.shape)
+
+
+# A file as a stream: the tensor a block belongs to (`None` for the header), and its bytes.
+Blocks = Iterator[tuple[StoredTensor | None, bytes]]
+
+
+def file_blocks(path: Path, start: int, num_bytes: int) -> Iterator[bytes]:
+    """A part of a file in blocks of `BLOCK_SIZE`."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        while num_bytes > 0:
+            block = file.read(min(BLOCK_SIZE, num_bytes))
+            if not block:
+                raise ValueError(f"{path} ended while it was read: is another process writing it?")
+            num_bytes -= len(block)
+            yield block
+
+
+def tensor_blocks(tensor: torch.Tensor) -> Iterator[bytes]:
+    """The bytes of a tensor in blocks of `BLOCK_SIZE`."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, flat.size, BLOCK_SIZE):
+        yield flat[start : start + BLOCK_SIZE].tobytes()
+
+
+class SafetensorsFile:
+    """A safetensors file; copied as it is, header included.
+
+    Raises: ValueError if it is cut or no safetensors file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.num_bytes = path.stat().st_size
+        header, self.data_start = self._header()
+        self.metadata = header.pop("__metadata__", {})
+        items = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        self.tensors = {name: self._tensor(name, about) for name, about in items}
+        ends = [0] + [about["data_offsets"][1] for _, about in items]
+        if gap := [name for (name, about), end in zip(items, ends, strict=False) if about["data_offsets"][0] != end]:
+            raise ValueError(f"{gap[0]} in {path} does not begin where the one before it ends: a damaged header")
+        if (end := self.data_start + ends[-1]) != self.num_bytes:
+            raise ValueError(
+                f"{path} has {self.num_bytes} bytes, its header asks for {end}: the file is "
+                f"{'cut, copy or download it again' if self.num_bytes < end else 'longer than what it holds'}"
+            )
+
+    def _header(self) -> tuple[dict, int]:
+        with open(self.path, "rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else self.num_bytes
+            if 8 + length > self.num_bytes:
+                raise ValueError(
+                    f"{self.path} has {self.num_bytes} bytes, too few for its own header: it is cut, or no "
+                    "safetensors file (a Git LFS pointer?)"
+                )
+            try:
+                return json.loads(file.read(length)), 8 + length
+            except ValueError as error:
+                raise ValueError(f"{self.path} has no readable header ({error}): is it safetensors?") from error
+
+    def _tensor(self, name: str, about: dict) -> StoredTensor:
+        begin, end = about["data_offsets"]
+        shape = tuple(about["shape"])
+        if (dtype := DTYPES.get(about["dtype"])) is not None and math.prod(shape) * dtype.itemsize != end - begin:
+            raise ValueError(
+                f"{name} in {self.path} takes {end - begin} bytes, expected {math.prod(shape) * dtype.itemsize} for "
+                f"{about['dtype']} {list(shape)}: the header is damaged"
+            )
+        start = self.data_start + begin
+        return StoredTensor(
+            name, about["dtype"], shape, end - begin, self.path, lambda: file_blocks(self.path, start, end - begin)
+        )
+
+    def blocks(self) -> Blocks:
+        for block in file_blocks(self.path, 0, self.data_start):
+            yield None, block
+        for tensor in self.tensors.values():
+            for block in tensor.blocks():
+                yield tensor, block
+
+
+class StoredTensors:
+    """Tensors from anywhere as one new safetensors file.
+
+    Args:
+        tensors: name in the new file to tensor.
+    """
+
+    def __init__(self, tensors: dict[str, StoredTensor]):
+        # Widest dtype first, as the safetensors library does: every tensor is aligned.
+        self.tensors = dict(sorted(tensors.items(), key=lambda item: (-self._width(item[1]), item[0])))
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name, tensor in self.tensors.items():
+            end = offset + tensor.num_bytes
+            header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = struct.pack("<Q", len(text)) + text
+        self.num_bytes = len(self.header) + offset
+
+    @staticmethod
+    def _width(tensor: StoredTensor) -> int:
+        return DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 1
+
+    def blocks(self) -> Blocks:
+        yield None, self.header
+        for tensor in self.tensors.values():
+            for block in tensor.blocks():
+                yield tensor, block
+
+
+class BinFile(StoredTensors):
+    """A `.bin` file of PyTorch as the safetensors file it becomes; values keep their bytes.
+
+    Raises: ValueError if it holds anything but tensors, or a tensor safetensors cannot hold.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        tensors = {}
+        for name, tensor in load_bin(path).items():
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{name} in {path} is a {type(tensor).__name__}, expected nothing but tensors")
+            if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
+                raise ValueError(f"{name} in {path} is a {tensor.layout} {tensor.dtype}, which safetensors cannot hold")
+            tensors[name] = StoredTensor(
+                name,
+                DTYPE_NAMES[tensor.dtype],
+                tuple(tensor.shape),
+                tensor.numel() * tensor.itemsize,
+                path,
+                lambda tensor=tensor: tensor_blocks(tensor),
+            )
+        super().__init__(tensors)
+
+
+def load_bin(path: Path) -> dict:
+    """The dict in a `.bin` file; nothing in it is executed.
+
+    Raises: ValueError if it holds more than tensors.
+    """
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before PyTorch 1.6: cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as tensors alone: {reason} (cut, or no checkpoint?)") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weight files of a folder.
+
+    Attributes:
+        folder: where they are.
+        files: file name to file, in the order of names.
+        tensors: name on disk to tensor.
+    """
+
+    folder: Path
+    files: dict[str, SafetensorsFile | BinFile]
+    tensors: dict[str, StoredTensor]
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open the weight files Transformers would load, without reading weights.
+
+    Raises: ValueError if there are none, or files, index and tensors do not agree.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return read_files(folder, [name])
+        if (index := folder / f"{name}.index.json").is_file():
+            return read_indexed(folder, index)
+    raise ValueError(
+        f"{folder} is not a checkpoint folder: expected model.safetensors, pytorch_model.bin or an index of shards"
+    )
+
+
+def read_files(folder: Path, names: list[str]) -> Checkpoint:
+    """Open weight files.
+
+    Raises: ValueError if a tensor is in two of them, or a file is damaged.
+    """
+    files, tensors = {}, {}
+    for name in sorted(names):
+        files[name] = BinFile(folder / name) if name.endswith(".bin") else SafetensorsFile(folder / name)
+        for tensor_name, tensor in files[name].tensors.items():
+            if tensor_name in tensors:
+                raise ValueError(
+                    f"{tensor_name} is in two shards of {folder}, {tensors[tensor_name].file.name} and {name}: were "
+                    "two checkpoints saved into one folder?"
+                )
+            tensors[tensor_name] = tensor
+    return Checkpoint(folder, files, tensors)
+
+
+def read_indexed(folder: Path, index: Path) -> Checkpoint:
+    """Open the shards an index lists.
+
+    Raises: ValueError if the index and the shards do not hold the same tensors.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{index} has no readable weight_map: {error}") from error
+    names = sorted(set(weight_map.values()))
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{index} lists {listed(absent)}, which is not in {folder}: is the download complete?")
+    pattern = re.sub(r"\d+", r"\\d+", re.escape(names[0])) if names else ""
+    if extra := sorted(path.name for path in folder.iterdir() if re.fullmatch(pattern, path.name)):
+        extra = [name for name in extra if name not in names]
+    if extra:
+        raise ValueError(f"{listed(extra)} in {folder} is missing from {index.name}: was a shard added or renamed?")
+    checkpoint = read_files(folder, names)
+    placed = {name: tensor.file.name for name, tensor in checkpoint.tensors.items()}
+    if placed != weight_map:
+        name = min(name for name in placed.keys() | weight_map.keys() if placed.get(name) != weight_map.get(name))
+        raise ValueError(
+            f"{index} says {name} is in {weight_map.get(name, 'no shard')}, found in {placed.get(name, 'no shard')}: "
+            "do the shards belong to this index?"
+        )
+    return checkpoint

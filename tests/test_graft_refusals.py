@@ -1,0 +1,221 @@
+"""What grafting refuses, and how it says so: nothing is written, and the message names what is wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from convert_helpers import change_json, change_tensors, make_base, train
+from roe_llava.convert.adapter_file import read_adapter, save_adapter
+from roe_llava.convert.graft import graft
+from safetensors.torch import load_file
+
+SHARDS = {"max_shard_size": "20KB"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return train(base)
+
+
+@pytest.fixture(scope="module")
+def shared_adapter(tmp_path_factory, base, model):
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    return save_adapter(model, model.config, folder, base=base, training={"steps": 3})
+
+
+@pytest.fixture
+def adapter(tmp_path, shared_adapter):
+    """A copy to damage."""
+    return shutil.copytree(shared_adapter, tmp_path / "adapter")
+
+
+@pytest.fixture
+def base_copy(tmp_path, base):
+    """A copy to damage."""
+    return shutil.copytree(base, tmp_path / "base")
+
+
+def refuses(match, *args, **kwargs):
+    out = args[2]
+    with pytest.raises(ValueError, match=match):
+        graft(*args, **kwargs)
+    assert not out.exists() and not list(out.parent.glob(f".{out.name}*"))
+
+
+def test_tuned_base_is_refused_with_what_differs(tmp_path, base_copy, adapter):
+    change_tensors(base_copy / "model.safetensors", lambda t: t["language_model.lm_head.weight"][3].add_(1e-3))
+    refuses(
+        r"not the base .*1 of 73 tensors differ \(lm_head.weight has other values",
+        base_copy,
+        adapter,
+        tmp_path / "o",
+    )
+    graft(base_copy, adapter, tmp_path / "out", check_base=False)
+
+
+def test_base_in_another_dtype_is_refused_with_both(tmp_path, adapter):
+    base = make_base(tmp_path / "base", dtype=torch.float16)
+    refuses(r"lm_head.weight is F16 \[32, 16\], was F32 \[32, 16\]", base, adapter, tmp_path / "out")
+
+
+def test_adapter_without_a_recorded_base_needs_any_base(tmp_path, base, model):
+    save_adapter(model, model.config, tmp_path / "adapter")
+    refuses("does not say which base", base, tmp_path / "adapter", tmp_path / "out")
+    graft(base, tmp_path / "adapter", tmp_path / "out", check_base=False)
+
+
+def test_checkpoint_that_was_tuned_whole_is_refused(tmp_path, base, model):
+    model.save_pretrained(tmp_path / "roe")
+    change_tensors(tmp_path / "roe" / "model.safetensors", lambda t: t["language_model.model.norm.weight"].add_(0.1))
+    message = r"model.language_model.norm.weight has other values\). That checkpoint was tuned whole .* use it as it is"
+    refuses(message, base, tmp_path / "roe", tmp_path / "out")
+
+
+def test_full_checkpoint_without_a_router_is_refused(tmp_path, base, model):
+    model.save_pretrained(tmp_path / "roe")
+    name = "language_model.model.layers.2.router.weight"
+    change_tensors(tmp_path / "roe" / "model.safetensors", lambda t: t.pop(name))
+    refuses(r"lacks model.language_model.layers.2.router.weight", base, tmp_path / "roe", tmp_path / "out")
+
+
+def test_missing_router_and_damaged_adapter_are_refused(tmp_path, base, adapter):
+    path = adapter / "roe_adapter.safetensors"
+    change_tensors(path, lambda t: t.pop("language_model.model.layers.0.router.weight"))
+    refuses(r"lacks model.language_model.layers.0.router.weight", base, adapter, tmp_path / "out")
+    path.write_bytes(path.read_bytes()[:-1])
+    refuses("cut, copy or download it again", base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"hidden_size": 8}, r"expected \[2, 8\] for hidden size 8"),
+        ({"num_hidden_layers": 2}, r"layers.2.adapter.down_proj.weight.*which a model with 2 layers"),
+        ({"text_model_type": "mistral"}, r"type 'mistral' \(text_config.text_model_type\), .* has 'llama'"),
+        ({"routed_layers": [0, 1]}, r"holds .*layers.2"),
+    ],
+)
+def test_adapter_that_contradicts_its_own_sizes_is_refused(tmp_path, base, adapter, entry, message):
+    change_json(adapter / "roe_adapter.json", **entry)
+    refuses(message, base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ({"hidden_size": 8}, r"is for the hidden size 16 .*has 8: it was trained on another base"),
+        ({"num_hidden_layers": 5}, r"is for the layer count 3 .*has 5: it was trained on another base"),
+        ({"model_type": "gpt2"}, r"text_config.model_type 'gpt2' in .*config.json is not supported, .*llama"),
+    ],
+)
+def test_base_of_other_sizes_is_refused(tmp_path, base_copy, adapter, text, message):
+    content = json.loads((base_copy / "config.json").read_text())["text_config"] | text
+    change_json(base_copy / "config.json", text_config=content)
+    refuses(message, base_copy, adapter, tmp_path / "out", check_base=False)
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"text_config": None}, r"config.json has no text_config"),
+        ({"model_type": "llava_next"}, r"model_type 'llava_next', expected 'llava'"),
+        ({"model_type": "roe_llava"}, r"already has routing parts"),
+    ],
+)
+def test_config_that_is_no_llava_base_is_refused(tmp_path, base_copy, adapter, entry, message):
+    change_json(base_copy / "config.json", **entry)
+    refuses(message, base_copy, adapter, tmp_path / "out")
+
+
+def test_base_with_routing_tensors_is_refused(tmp_path, base, model, adapter):
+    model.save_pretrained(tmp_path / "roe")
+    refuses("already has routing parts", tmp_path / "roe", adapter, tmp_path / "out")
+    shutil.copy(base / "config.json", tmp_path / "roe")
+    refuses(r"already has routing parts \(model.language_model.layers.0", tmp_path / "roe", adapter, tmp_path / "out")
+
+
+def test_base_whose_tensors_are_not_llavas_is_refused(tmp_path, base_copy, adapter):
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[f"wrapped.{name}"] = tensors.pop(name)
+
+    change_tensors(base_copy / "model.safetensors", rename)
+    refuses(r"no tensor named language_model.model.layers", base_copy, adapter, tmp_path / "out")
+
+
+def test_damaged_base_files_are_refused(tmp_path, adapter):
+    base = make_base(tmp_path / "base", **SHARDS)
+    out, index_file = tmp_path / "out", base / "model.safetensors.index.json"
+    shard = sorted(base.glob("*.safetensors"))[1]
+    content, index = shard.read_bytes(), index_file.read_text()
+    shard.write_bytes(content[:-10])
+    refuses(
+        rf"{shard.name} has {len(content) - 10} bytes, its header asks for {len(content)}: .* cut", base, adapter, out
+    )
+    shard.unlink()
+    refuses(rf"lists {shard.name}, which is not in", base, adapter, out)
+    shard.write_bytes(content)
+    weight_map = json.loads(index)["weight_map"]
+    listed = {name: file for name, file in weight_map.items() if file != shard.name}
+    change_json(index_file, weight_map=listed)
+    refuses(rf"{shard.name} in .* is missing from model.safetensors.index.json", base, adapter, out)
+    name = max(name for name, file in weight_map.items() if file.startswith("model-00001"))
+    change_json(index_file, weight_map=weight_map | {name: shard.name})
+    refuses(rf"says {name} is in {shard.name}, found in model-00001", base, adapter, out)
+    index_file.write_text("{}")
+    refuses("no readable weight_map", base, adapter, out)
+
+
+def test_tensor_in_two_shards_is_refused(tmp_path, adapter):
+    base = make_base(tmp_path / "base", **SHARDS)
+    one, two = sorted(base.glob("*.safetensors"))[:2]
+    name = min(load_file(one))
+    change_tensors(two, lambda tensors: tensors.update({name: torch.zeros(2)}))
+    refuses(rf"{name} is in two shards .*{one.name} and {two.name}", base, adapter, tmp_path / "out")
+
+
+def test_bin_file_with_code_in_it_is_refused(tmp_path, base_copy, adapter):
+    (base_copy / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": print}, base_copy / "pytorch_model.bin")
+    refuses("pytorch_model.bin cannot be read as tensors alone", base_copy, adapter, tmp_path / "out")
+    torch.save({"step": 3}, base_copy / "pytorch_model.bin")
+    refuses("step in .*pytorch_model.bin is a int, expected nothing but tensors", base_copy, adapter, tmp_path / "out")
+    torch.save({"x": torch.zeros(2, dtype=torch.complex64)}, base_copy / "pytorch_model.bin")
+    refuses("complex64, which safetensors cannot hold", base_copy, adapter, tmp_path / "out")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, base, adapter):
+    empty, out = tmp_path / "empty", tmp_path / "out"
+    empty.mkdir()
+    refuses("empty is not a checkpoint folder: it has no config.json", empty, adapter, out)
+    shutil.copy(base / "config.json", empty)
+    refuses("empty is not a checkpoint folder: expected model.safetensors", empty, adapter, out)
+    refuses("model_type 'llava', expected 'roe_llava': are BASE and ROE swapped", base, base, out)
+    (empty / "config.json").unlink()
+    refuses("neither roe_adapter.json nor config.json", base, empty, out)
+    refuses("nowhere is not a checkpoint folder, and no Hub id", tmp_path / "nowhere", adapter, out)
+    refuses("revision 'main' given with the folder", base, adapter, out, revision="main")
+
+
+def test_hub_id_that_cannot_be_had_is_refused(tmp_path, adapter, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refuses(
+        "nobody/nothing is no folder here and cannot be had from the Hub", "nobody/nothing", adapter, tmp_path / "out"
+    )
+
+
+def test_impossible_targets_are_refused(tmp_path, base, adapter):
+    with pytest.raises(ValueError, match="create it first"):
+        graft(base, adapter, tmp_path / "no" / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file, expected a folder"):
+        graft(base, adapter, tmp_path / "file")
+    with pytest.raises(ValueError, match="which is read: give another target"):
+        graft(base, adapter, adapter, overwrite=True)
+    assert read_adapter(adapter)
