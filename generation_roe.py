@@ -59,7 +59,8 @@ class RoeGenerationMixin:
             model_kwargs.pop("routing_segments", None)  # a processor always sends them; this cache has its routes
         elif (routes := model_kwargs.get("routes")) is not None:
             rows = input_ids if input_ids is not None else model_kwargs["inputs_embeds"]
-            model_kwargs["routes"] = routes.expand(rows.shape[0], -1) if routes.dim() == 1 else routes
+            shared = routes.dim() == 1 or routes.shape[0] == 1
+            model_kwargs["routes"] = routes.expand(rows.shape[0], -1) if shared else routes
         elif model_kwargs.get("routing_segments") is None:
             inputs_embeds, attention_mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
             model_kwargs["routing_segments"] = self.model.segments_of(input_ids, inputs_embeds, attention_mask)
