@@ -219,10 +219,10 @@ def test_a_routing_option_given_when_loading_takes_effect(roe_folder):
     assert not torch.allclose(logits, preceding(**inputs).router_logits)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [{"routing_positions": "last"}, {"routing_question": "first"}, {"routed_layers": [9]}, {"adapter_size": 0}],
-)
+WRONG = [{"routing_positions": "last"}, {"routing_question": "first"}, {"routed_layers": [9]}, {"adapter_size": 0}]
+
+
+@pytest.mark.parametrize("option", WRONG)
 def test_a_wrong_routing_option_given_when_loading_is_an_error(roe_folder, option):
     ((name, value),) = option.items()
     value = "9" if value == [9] else value

@@ -307,5 +307,5 @@ def test_a_slow_tokenizer_is_named(word_processor, monkeypatch):
         is_fast = False
 
     monkeypatch.setattr(word_processor.tokenizer, "__class__", SlowTokenizer)
-    with pytest.raises(ValueError, match="SlowTokenizer is a slow tokenizer.*fast one"):
+    with pytest.raises(ValueError, match=r"SlowTokenizer is a slow tokenizer.*fast one"):
         word_processor(text="how many?")
