@@ -8,6 +8,7 @@ from transformers import LlavaConfig
 
 ROUTING_POSITIONS = ("preceding", "first")
 ROUTING_QUESTIONS = ("last_turn", "all_text")
+ROUTING_FIELDS = ("adapter_size", "routed_layers", "routing_positions", "routing_question", "target_skip_ratio")
 
 
 class RoeLlavaConfig(LlavaConfig):
@@ -54,6 +55,12 @@ class RoeLlavaConfig(LlavaConfig):
             )
         if self.routed_layers is not None:
             self.routed_layers = self._checked_layers(self.routed_layers)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # Transformers 5.23 sets options given to `from_pretrained` after `__post_init__` has checked the stored ones.
+        given = {name: kwargs.pop(name) for name in ROUTING_FIELDS if name in kwargs}
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     def _checked_layers(self, layers):
         num_layers = self.text_config.num_hidden_layers

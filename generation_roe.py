@@ -59,7 +59,8 @@ class RoeGenerationMixin:
             model_kwargs.pop("routing_segments", None)  # a processor always sends them; this cache has its routes
         elif (routes := model_kwargs.get("routes")) is not None:
             rows = input_ids if input_ids is not None else model_kwargs["inputs_embeds"]
-            model_kwargs["routes"] = routes.expand(rows.shape[0], -1) if routes.dim() == 1 else routes
+            shared = routes.dim() == 1 or routes.shape[0] == 1
+            model_kwargs["routes"] = routes.expand(rows.shape[0], -1) if shared else routes
         elif model_kwargs.get("routing_segments") is None:
             inputs_embeds, attention_mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
             model_kwargs["routing_segments"] = self.model.segments_of(input_ids, inputs_embeds, attention_mask)
@@ -126,10 +127,15 @@ def pad_on_the_left(inputs: Tensor | None, kwargs: dict) -> Tensor | None:
     """Move right padding to the left, in place in `kwargs`: prompt tensors (B, S, ...) whose mask ends with 0.
 
     Returns: `inputs`, moved likewise.
+    Raises: ValueError if the padding is behind new tokens of a cache in use, where it cannot be moved, or if
+        `position_ids` are given.
     """
     mask = kwargs.get("attention_mask")
-    if mask is None or mask.dim() != 2 or kwargs.get("past_key_values") is not None or bool(mask[:, -1].all()):
+    if mask is None or mask.dim() != 2 or bool(mask[:, -1].all()):
         return inputs
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("right-padded prompts cannot continue past_key_values: pad on the left")
     length = mask.shape[1]
     after = mask.flip(1).long().argmax(dim=1, keepdim=True)  # padding behind a row's last token
     order = (torch.arange(length, device=mask.device) - after) % length

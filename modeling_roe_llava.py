@@ -318,6 +318,15 @@ class RoeLlavaPreTrainedModel(LlavaPreTrainedModel):
     # Decisions are made in float32 whatever the model is loaded in.
     _keep_in_fp32_modules_strict = {"router", "routing_tokens"}
 
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs):
+        """As in Transformers; also what `gradient_checkpointing_enable` calls.
+
+        Raises: ValueError for `use_reentrant=True`, whose gradients would lack what flows through routing tokens.
+        """
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True loses the gradients of routing tokens: leave it out, or set it False")
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
 
 class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
     """Vision tower, projector and routed language model, without a head."""

@@ -194,7 +194,7 @@ def path_weights(logits: Tensor, turn_mask: Tensor, phase: RoutingPhase) -> Tens
     if phase.mode != "hard":
         return weights
     hard = nn.functional.one_hot((weights[..., 1] >= weights[..., 0]).long(), 2).to(weights.dtype)
-    return hard + weights - weights.detach()
+    return hard + (weights - weights.detach())  # the bracket is exactly 0: one-hot without rounding
 
 
 def token_loss_per_example(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""Fixtures: tiny routed models whose routes depend on the input (`tiny.py` builds them)."""
+
+import pytest
+import tiny
+import torch
+from roe_llava import RoeLlavaProcessor
+from transformers import CLIPImageProcessor
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+EVERY_MODEL = [(family, attention) for family in tiny.FAMILIES for attention in ("sdpa", "eager")]
+
+
+@pytest.fixture(params=EVERY_MODEL, ids="-".join)
+def any_model(request):
+    """Routed model of every family and attention implementation."""
+    return tiny.routed_model(*request.param)
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def family_model(request):
+    """Routed model of every family."""
+    return tiny.routed_model(request.param)
+
+
+@pytest.fixture
+def model():
+    """Routed Llama model."""
+    return tiny.routed_model()
+
+
+@pytest.fixture
+def mistral():
+    """Routed Mistral model whose sliding window is shorter than the prompts with an image."""
+    return tiny.routed_model("mistral")
+
+
+def make_processor(kind="words", **kwargs):
+    sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    settings = {"chat_template": tiny.CHAT_TEMPLATE} | kwargs
+    return RoeLlavaProcessor(
+        CLIPImageProcessor(**sizes),
+        tiny.tokenizer(kind),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        **settings,
+    )
+
+
+@pytest.fixture(scope="session", params=["words", "pieces"])
+def processor(request):
+    """A processor of every kind of tokenizer."""
+    return make_processor(request.param)
+
+
+@pytest.fixture(scope="session")
+def word_processor():
+    """A processor whose token ids the tiny models know."""
+    return make_processor("words")
