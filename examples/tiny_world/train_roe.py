@@ -1,0 +1,257 @@
+"""Trains the routing parts of the tiny world: `python -m roe_llava.examples.tiny_world.train_roe OUT`.
+
+The base stays frozen, so the result is an adapter file that `roe-llava graft` puts onto it. Beside it stands what it
+has to be held against: the base, and the layers that matter least dropped for good with adapters trained just as long.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import TrainingArguments
+
+from ...convert.adapter_file import save_adapter
+from ...convert.output import check_target
+from ...modeling_roe_llava import RoeLlavaForConditionalGeneration
+from ...processing_roe import RoeLlavaProcessor
+from ...training.data import ChatCollator
+from ...training.objective import Objective
+from ...training.schedule import StageSchedule
+from ...training.trainer import RoeTrainer
+from .evaluate import answer, family_examples, share_right
+from .world import FAMILIES, TinyWorld, messages
+
+BASE = Path(__file__).parent / "checkpoint" / "base"
+RATES = {"adapter": 2e-3, "router": 2e-3, "routing_tokens": 2e-3}
+
+
+class Conversations(Dataset):
+    """Training conversations: every other one has a single turn, the rest up to three.
+
+    A question asked alone moves its own context, as at inference; several turns share one.
+    """
+
+    def __init__(self, size: int, seed: int):
+        self.single = TinyWorld("train", size, seed=seed, num_turns=1)
+        self.several = TinyWorld("train", size, seed=seed + 1, num_turns=3)
+
+    def __len__(self):
+        return len(self.single)
+
+    def __getitem__(self, index):
+        return (self.single if index % 2 else self.several)[index]
+
+
+def recipe(target: float) -> tuple[StageSchedule, Objective]:
+    """Stages and loss that did best here; CHANGELOG and the shipped training.json have the figures."""
+    schedule = StageSchedule(
+        target_skip_ratio=target,
+        warmup_end=0.3,
+        soft_end=0.35,
+        last_mode="hard",
+        temperature_start=1.0,
+        temperature_decay=0.97,
+        temperature_floor=0.3,
+        gumbel_end=0.8,
+    )
+    return schedule, Objective(target, budget="batch", budget_weight=1.0, information_weight=0.3)
+
+
+def load(base: Path, adapter_size: int, seed: int):
+    """The tiny base in float32 with untrained routing parts, and its processor."""
+    torch.manual_seed(seed)
+    model = RoeLlavaForConditionalGeneration.from_pretrained(base, adapter_size=adapter_size, dtype=torch.float32)
+    return model, RoeLlavaProcessor.from_pretrained(base)
+
+
+def train(model, processor, schedule: StageSchedule, objective: Objective, args, folder: Path, routes=None) -> float:
+    """One run of the stock Trainer over the tiny world; `routes` pins a route instead of learning one.
+
+    Returns: minutes it took.
+    """
+    collate = ChatCollator(processor, messages)
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        logging_steps=max(1, args.steps // 20),
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        seed=args.seed,
+    )
+    trainer = RoeTrainer(
+        model,
+        schedule=schedule,
+        objective=objective,
+        rates=RATES if routes is None else {"adapter": RATES["adapter"]},
+        args=settings,
+        train_dataset=Conversations(args.steps * args.batch_size, args.seed + 1),
+        data_collator=collate if routes is None else lambda examples: {**collate(examples), "routes": routes},
+    )
+    start = time.perf_counter()
+    trainer.train()
+    return (time.perf_counter() - start) / 60
+
+
+def routed_answers(model, processor, examples: list[dict], **generate_kwargs) -> tuple[list[str], torch.Tensor]:
+    """Answers, and the routes (N, L) the questions took."""
+    with torch.inference_mode():
+        inputs = [messages(example)[:-1] for example in examples]
+        routes = []
+        for start in range(0, len(inputs), 64):
+            batch = processor.apply_chat_template(
+                inputs[start : start + 64],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            )
+            routes.append(model(**batch).routes)
+    return answer(model, processor, examples, **generate_kwargs), torch.cat(routes)
+
+
+def evaluate(model, processor, per_family: int, split: str, routes=None) -> dict:
+    """Accuracy, realised skip ratio and routes per family; `routes` pins one, a route of True is the base itself."""
+    accuracy, skipped, taken = {}, {}, Counter()
+    pinned = {} if routes is None else {"routes": routes}
+    for family in tqdm(FAMILIES, desc=f"answering the {split} questions"):
+        examples = family_examples(family, per_family, split)
+        if routes is None:
+            answers, decided = routed_answers(model, processor, examples)
+        else:
+            answers, decided = answer(model, processor, examples, **pinned), routes.expand(per_family, -1)
+        accuracy[family] = share_right(answers, examples)
+        skipped[family] = 1 - decided.float().mean().item()
+        taken.update("".join("x" if keep else "-" for keep in route) for route in decided.tolist())
+    total = sum(taken.values())
+    return {
+        "accuracy": mean(accuracy),
+        "skip_ratio": mean(skipped),
+        "accuracy_by_family": accuracy,
+        "skip_ratio_by_family": skipped,
+        "routes": {route: number / total for route, number in taken.most_common()},
+    }
+
+
+def mean(by_family: dict[str, float]) -> float:
+    return sum(by_family.values()) / len(by_family)
+
+
+@torch.inference_mode()
+def block_influence(model, processor, examples: list[dict]) -> list[float]:
+    """How much each layer turns the hidden states: mean of 1 - cosine between its input and output (ShortGPT's BI)."""
+    model.eval()
+    batch = ChatCollator(processor, messages)(examples)
+    batch.pop("labels")
+    keep_all = torch.ones(model.config.text_config.num_hidden_layers, dtype=torch.bool)
+    states = model(**batch, routes=keep_all, output_hidden_states=True).hidden_states
+    real = batch["attention_mask"].bool()
+    pairs = itertools.pairwise(states)
+    return [1 - torch.cosine_similarity(x[real], y[real], dim=-1).mean().item() for x, y in pairs]
+
+
+def least_influential(influence: list[float], number: int) -> list[int]:
+    """The layers to drop first; the first layer, which reads the raw embeddings, is never among them."""
+    return sorted(sorted(range(1, len(influence)), key=influence.__getitem__)[:number])
+
+
+def static_drop(args, schedule, number: int, folder: Path) -> dict:
+    """The same frozen base with the least influential layers dropped for every question, adapters trained as long."""
+    model, processor = load(args.base, args.adapter_size, args.seed)
+    influence = block_influence(model, processor, list(TinyWorld("validation", 128, seed=args.seed)))
+    dropped = least_influential(influence, number)
+    routes = torch.tensor([layer not in dropped for layer in range(len(influence))])
+    untrained = evaluate_dropped(model, processor, args, dropped)
+    minutes = train(model, processor, schedule, Objective(0.0), args, folder, routes)
+    return {
+        "dropped_layers": dropped,
+        "minutes": minutes,
+        **evaluate(model, processor, args.per_family, "test", routes),
+        "accuracy_without_training": untrained,
+    }
+
+
+def evaluate_dropped(model, processor, args, dropped: list[int]) -> float:
+    """Accuracy with layers dropped and nothing in their place."""
+    ups = [model.model.language_model.layers[layer].adapter.up_proj for layer in dropped]
+    saved = [up.weight.detach().clone() for up in ups]
+    for up in ups:
+        up.weight.data.zero_()
+    routes = torch.tensor([i not in dropped for i in range(model.config.text_config.num_hidden_layers)])
+    accuracy = evaluate(model, processor, args.per_family, "test", routes)["accuracy"]
+    for up, weight in zip(ups, saved, strict=True):
+        up.weight.data.copy_(weight)
+    return accuracy
+
+
+def summary(args, minutes: float, results: dict) -> dict:
+    """What a reader needs to judge the run, for training.json."""
+    return {
+        "recipe": "frozen base; random warm-up, soft mixture, hard decisions (straight-through) under a batch budget",
+        "target_skip_ratio": args.target_skip_ratio,
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "learning_rates": RATES,
+        "seed": args.seed,
+        "minutes": minutes,
+        "questions_per_family": args.per_family,
+        "split": "test",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        **results,
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, help="adapter folder to write")
+    parser.add_argument("--base", type=Path, default=BASE, help="base checkpoint (default: the shipped one)")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=24, help="conversations per step (default: %(default)s)")
+    parser.add_argument("--target-skip-ratio", type=float, default=0.2, help="wanted share of layers skipped")
+    parser.add_argument("--adapter-size", type=int, default=64, help="hidden width of the adapters")
+    parser.add_argument("--per-family", type=int, default=250, help="held-out questions per family")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-static", action="store_true", help="leave out the comparison with dropped layers")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter folder")
+
+
+def run(args: argparse.Namespace) -> None:
+    check_target(args.out.absolute(), args.overwrite)
+    schedule, objective = recipe(args.target_skip_ratio)
+    model, processor = load(args.base, args.adapter_size, args.seed)
+    keep_all = torch.ones(model.config.text_config.num_hidden_layers, dtype=torch.bool)
+    with tempfile.TemporaryDirectory() as folder:
+        base = evaluate(model, processor, args.per_family, "test", keep_all)
+        minutes = train(model, processor, schedule, objective, args, Path(folder))
+        roe = evaluate(model, processor, args.per_family, "test")
+        results = {"base": base, "roe": roe, "static_drop": []}
+        if not args.no_static:
+            share = roe["skip_ratio"] * len(keep_all)
+            for number in sorted({math.floor(share), math.ceil(share)} - {0}):
+                results["static_drop"].append(static_drop(args, schedule, number, Path(folder)))
+    about = summary(args, minutes, results)
+    save_adapter(model, model.config, args.out, base=args.base, training=about, overwrite=args.overwrite)
+    print(json.dumps(about, indent=2))
+    print(f"wrote {args.out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
