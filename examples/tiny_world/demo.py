@@ -6,7 +6,6 @@ models the same questions, times both, prints tables and writes OUT/demo.json, O
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import random
@@ -14,7 +13,6 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,23 +29,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, default=SHIPPED / "base", help="base checkpoint (the shipped one)")
     parser.add_argument("--roe", type=Path, default=SHIPPED / "roe", help="folder with trained parts (the shipped one)")
     parser.add_argument("--batch-size", type=int, default=50, help="questions per batch (%(default)s)")
+    # Matrices this small gain little from a second thread, and threads that wait for each other lose a lot as soon as
+    # another process wants a core.
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (%(default)s)")
     parser.add_argument("--only-time", action="store_true", help="measure times only, answer nothing")
     parser.add_argument("--time-questions", type=int, default=3, help="timed questions per family (%(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs per question and model (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """The whole demo. Exits with a message if the parts to graft are missing."""
-    try:
-        check_parts(args.base, args.roe)
-        check_counts(args)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"roe-llava demo: {error}") from None
+    """The whole demo.
+
+    Raises: FileNotFoundError if the parts to graft are missing, ValueError for an argument that cannot be.
+    """
+    check_parts(args.base, args.roe)
+    check_counts(args)
+    # Late, so that the command line answers --help without loading torch.
+    import torch
+
     from . import asking, pictures, report
     from .world import FAMILIES
 
     start = time.perf_counter()
     console = report.console()
+    torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     base, roe, code = load(args.base, args.roe, args.out / "model")
     training = read_json(args.roe / "training.json")
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
 def check_parts(base: Path, roe: Path) -> None:
     """Raises: FileNotFoundError naming the first file that is missing of a base and of trained parts."""
     wanted = {
-        base: ("config.json", "model.safetensors", "processor_config.json"),
+        base: ("config.json", "processor_config.json"),
         roe: ("roe_adapter.json", "roe_adapter.safetensors"),
     }
     for folder, names in wanted.items():
@@ -93,17 +98,10 @@ def check_parts(base: Path, roe: Path) -> None:
 
 
 def check_counts(args: argparse.Namespace) -> None:
-    """Raises: ValueError for a number of questions or runs below 1."""
-    for name in ("per_family", "batch_size", "time_questions", "repeats"):
+    """Raises: ValueError for a number of questions, runs or threads below 1."""
+    for name in ("per_family", "batch_size", "threads", "time_questions", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-
-
-def graft_parts(base: Path, roe: Path, out: Path) -> None:
-    """Put trained parts onto a base; imported late, because it runs in a process of its own."""
-    from ...convert.graft import graft
-
-    graft(base, roe, out, overwrite=True)
 
 
 def load(base: Path, roe: Path, grafted: Path) -> tuple[tuple, tuple, str]:
@@ -111,15 +109,15 @@ def load(base: Path, roe: Path, grafted: Path) -> tuple[tuple, tuple, str]:
 
     Raises: RuntimeError if the grafted folder was not opened with its own code.
     """
-    # In a process of its own: the code under test is the folder's, so the package's modeling stays unimported here.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        pool.submit(graft_parts, base, roe, grafted).result()
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
     from transformers.utils import logging
 
+    from ...convert.graft import graft
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    graft(base, roe, grafted, overwrite=True)
     options = {"dtype": torch.float32}
     stock = LlavaForConditionalGeneration.from_pretrained(base, **options).eval(), AutoProcessor.from_pretrained(base)
     options["trust_remote_code"] = True
