@@ -101,6 +101,8 @@ def test_summaries_count_what_was_answered_and_skipped(answered):
         assert of["roe"] == pytest.approx(9 / 12)
         assert of["lost"] == pytest.approx(3 / 12)
         assert of["skip_ratio"] == pytest.approx(1 / 12)  # one layer of four, for a third of the questions
+    guessed = [of["most_common_answer"] for of in accuracy["families"].values()]
+    assert accuracy["overall"]["most_common_answer"] == pytest.approx(sum(guessed) / len(guessed))
     routes = asking.route_summary(answered)
     assert routes["distinct"] == routes["common"] == 2
     assert routes["most_common"][0]["route"] == "1111"
@@ -163,6 +165,19 @@ def test_tables_show_every_family(answered):
 def test_comparisons_of_the_training_are_shown_however_they_are_written(section):
     text = printed(report.print_training, {"static_drop": section})
     assert "drop 3, 7" in text and "95.0 %" in text
+
+
+@pytest.mark.parametrize(
+    "of_base",
+    [
+        {"families": {"exist": {"accuracy": 1.0, "shuffled": 0.5}, "digit": {"accuracy": 0.9, "shuffled": 0.1}}},
+        {"exist": {"shuffled_images": 0.5}, "digit": {"shuffled_images": 0.1}, "seed": 0},
+        {"accuracy": {"exist": 1.0, "digit": 0.9}, "shuffled_images": {"exist": 0.5, "digit": 0.1}},
+    ],
+)
+def test_column_of_shuffled_images_is_found(of_base):
+    assert report.shuffled_column(of_base) == pytest.approx({"exist": 0.5, "digit": 0.1, "all": 0.3})
+    assert report.shuffled_column({}) == {}
 
 
 def test_training_without_comparisons_prints_nothing():

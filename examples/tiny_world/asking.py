@@ -121,11 +121,13 @@ def accuracy_summary(answered: Sequence[Answered]) -> dict:
     Returns: {"families": {family: scores}, "overall": scores}. `lost` is the base's accuracy minus RoE's, and
         `lost_standard_error` that of the difference, question by question.
     """
-    families = dict.fromkeys(item.family for item in answered)
-    return {
-        "families": {family: scores([item for item in answered if item.family == family]) for family in families},
-        "overall": scores(answered),
-    }
+    names = dict.fromkeys(item.family for item in answered)
+    families = {name: scores([item for item in answered if item.family == name]) for name in names}
+    overall = scores(answered)
+    # Always giving the most common answer of the question's own family, not of all questions.
+    guessed = sum(of["most_common_answer"] * of["questions"] for of in families.values())
+    overall["most_common_answer"] = guessed / overall["questions"]
+    return {"families": families, "overall": overall}
 
 
 def scores(answered: Sequence[Answered]) -> dict:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # another process wants a core.
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (%(default)s)")
     parser.add_argument("--only-time", action="store_true", help="measure times only, answer nothing")
-    parser.add_argument("--time-questions", type=int, default=3, help="timed questions per family (%(default)s)")
+    parser.add_argument("--time-questions", type=int, default=2, help="timed questions per family (%(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs per question and model (%(default)s)")
 
 

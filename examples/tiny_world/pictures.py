@@ -119,7 +119,7 @@ def chosen(answered: Sequence[Answered], number: int = NUM_EXAMPLES) -> list[Ans
 def draw_examples(answered: Sequence[Answered], path: Path) -> None:
     """Images with question, answer, truth and the layers used."""
     rows = -(-len(answered) // COLUMNS)
-    height = 4.7 * rows + 0.75
+    height = 4.9 * rows + 0.75
     figure = Figure(figsize=(13.5, height), dpi=110, facecolor="white")
     title = "What the model answers, and the decoder layers it runs for it (filled)"
     figure.text(0.028, 1 - 0.3 / height, title, fontsize=14, fontweight="bold", color=INK, va="center")
@@ -127,7 +127,7 @@ def draw_examples(answered: Sequence[Answered], path: Path) -> None:
         rows, COLUMNS, wspace=0.13, hspace=0.13, left=0.028, right=0.985, top=1 - 0.75 / height, bottom=0.015
     )
     for cell, item in zip(cells, answered, strict=False):
-        parts = cell.subgridspec(3, 1, height_ratios=[3.1, 1.1, 0.38], hspace=0.05)
+        parts = cell.subgridspec(3, 1, height_ratios=[3.1, 1.3, 0.38], hspace=0.05)
         image, words, strip = (figure.add_subplot(part) for part in parts)
         draw_scene(image, item)
         draw_words(words, item)
@@ -152,13 +152,13 @@ def draw_words(axis: Axes, item: Answered) -> None:
     mark, color = ("✓", KEPT) if is_right else ("✗", WRONG)
     answer = textwrap.shorten(item.roe or "(nothing)", 80, placeholder=" …")
     lines = [(line, INK, "bold") for line in textwrap.wrap(item.question, 34)]
-    lines += [(line, color, "normal") for line in textwrap.wrap(f"{mark} {answer}", 42)]
+    lines += [(line, color, "normal") for line in textwrap.wrap(f"{mark} {answer}", 38)]
     if not is_right:
         truth = textwrap.shorten(item.truth, 80, placeholder=" …")
-        lines += [(line, FAINT, "normal") for line in textwrap.wrap(f"truth: {truth}", 42)]
+        lines += [(line, FAINT, "normal") for line in textwrap.wrap(f"truth: {truth}", 38)]
     for number, (line, color, weight) in enumerate(lines):
         style = {"fontsize": 11.5 if weight == "bold" else 11, "color": color, "fontweight": weight}
-        axis.text(0.0, 0.95 - 0.215 * number, line, transform=axis.transAxes, va="top", **style)
+        axis.text(0.0, 0.96 - 0.168 * number, line, transform=axis.transAxes, va="top", **style)
 
 
 def draw_strip(axis: Axes, item: Answered) -> None:

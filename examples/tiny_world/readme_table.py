@@ -72,10 +72,10 @@ def timing_table(demo: dict) -> str:
     lines += [
         "",
         f"Both models by turns in one process, {timing['questions']} questions of all families, "
-        f"{percent(timing['skip_ratio'])} of the layers skipped; {setup['threads']} threads, {setup['dtype']}, "
-        f"{setup['attention']}, {setup['processor']}. The ceiling charges a skipped layer what its adapter costs "
-        f"({percent(timing['adapter_cost'])} of a layer's parameters) and leaves everything outside the decoder layers "
-        "as it is.",
+        f"{percent(timing['skip_ratio'])} of the layers skipped; {setup['dtype']}, {setup['attention']}, torch "
+        f"threads: {setup['threads']}, {setup['processor']}. The ceiling charges a skipped layer what its adapter "
+        f"costs ({percent(timing['adapter_cost'])} of a layer's parameters) and leaves everything outside the decoder "
+        "layers as it is.",
     ]
     return "\n".join(lines)
 

@@ -40,7 +40,7 @@ def print_start(to: Console, grafted: Path, setup: dict) -> None:
     to.print(f"Opened with the folder's own code: {setup['code']}")
     to.print(
         f"torch {setup['torch']}, transformers {setup['transformers']}, {setup['dtype']}, {setup['attention']}, "
-        f"{setup['threads']} threads on {setup['processor']} ({setup['cores']} cores)\n"
+        f"torch threads: {setup['threads']}, on {setup['processor']} ({setup['cores']} cores)\n"
     )
 
 
@@ -73,12 +73,22 @@ def accuracy_cells(scores: dict, blind: float | None) -> list[str]:
 
 
 def shuffled_column(of_base: dict) -> dict[str, float]:
-    """Accuracy per family with shuffled images, from the base's accuracy.json; {} if it holds none."""
-    families = of_base.get("families", {})
-    column = {name: scores["shuffled"] for name, scores in families.items() if "shuffled" in scores}
-    if "shuffled" in of_base.get("overall", {}):
-        column["all"] = of_base["overall"]["shuffled"]
-    return column
+    """Accuracy per family with shuffled images, and their mean as "all", from the base's accuracy.json.
+
+    Args:
+        of_base: {"families": table} or the table itself: either {family: {..."shuffled"...: share}} or
+            {..."shuffled"...: {family: share}}.
+    Returns: shares in [0, 1]; {} if there are none.
+    """
+    column: dict[str, float] = {}
+    for name, values in of_base.get("families", of_base).items():
+        if not isinstance(values, Mapping):
+            continue
+        if "shuffled" in name:
+            column |= values
+        column.update((name, share) for key, share in values.items() if "shuffled" in key)
+    column = {name: share for name, share in column.items() if name not in ("all", "overall")}
+    return column | {"all": sum(column.values()) / len(column)} if column else {}
 
 
 def print_routes(to: Console, routes: dict) -> None:
