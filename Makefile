@@ -1,0 +1,53 @@
+# What a fresh clone needs: `make demo`, `make test`. Both build .venv on their first run and reuse it afterwards.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+# On Linux, PyPI's torch brings CUDA packages along. To do without them, name an index that has CPU builds:
+# make test TORCH_ARGS="--index-url URL"
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+BIN := .venv/bin
+# Models come from folders; nothing here should ask the network for one.
+OFFLINE := HF_HUB_OFFLINE=1
+
+.PHONY: demo bench test test-slow check format readme clean
+
+demo: .venv/installed  ## graft the shipped parts, answer held-out questions, time, draw; under 5 minutes
+	$(OFFLINE) $(BIN)/roe-llava demo $(DEMO_ARGS)
+
+bench: .venv/installed  ## the demo's timing alone
+	$(OFFLINE) $(BIN)/roe-llava demo --only-time --time-questions 5 --repeats 11 $(DEMO_ARGS)
+
+test: .venv/installed  ## everything that takes seconds
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+
+test-slow: .venv/installed  ## what trains or takes longer than a minute
+	@# pytest answers 5 when it finds no test; that alone is not a failure here.
+	$(OFFLINE) $(BIN)/python -m pytest -m slow $(TEST_ARGS) || test $$? -eq 5
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+readme: demo  ## demo results into docs/ and the README; with DEMO_ARGS="--out X" give README_ARGS="--demo X" too
+	$(BIN)/python -m roe_llava.examples.tiny_world.readme_table $(README_ARGS)
+
+clean:  ## outputs and caches; .venv stays, as it takes minutes to build
+	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(TORCH_ARGS) "$(TORCH)"
+	touch $@
+
+# Installed again when the requirements change. Editable: code is read from the clone.
+.venv/installed: setup.cfg pyproject.toml | .venv/torch
+	$(BIN)/python -m pip install -e ".[test]"
+	touch $@
