@@ -11,7 +11,6 @@ import sys
 COMMANDS = {
     "demo": ("examples.tiny_world.demo", "answer held-out questions with the shipped model, base beside RoE"),
     "graft": ("convert.graft", "put trained routing parts onto a LLaVA checkpoint"),
-    "train": ("training.train", "train routing parts on a LLaVA checkpoint"),
 }
 
 
