@@ -114,10 +114,10 @@ def test_generation_equals_one_pass_per_token_along_the_route(family_model, name
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_row_in_batch_equals_row_alone(any_model, side):
-    together = written(any_model, tiny.batch(side=side))
+def test_row_in_batch_equals_row_alone(family_model, side):
+    together = written(family_model, tiny.batch(side=side))
     for row, name in enumerate(NAMES):
-        assert torch.equal(written(any_model, tiny.alone(name))[0], together[row])
+        assert torch.equal(written(family_model, tiny.alone(name))[0], together[row])
 
 
 def test_right_padded_prompts_keep_their_routes(model):
@@ -176,10 +176,10 @@ def test_a_mistral_prompt_longer_than_its_window_is_continued_past_it(mistral):
 
 
 @pytest.mark.parametrize("way", ["greedy", "beams", "returned beams"])
-def test_skip_ratio_zero_equals_stock_llava(any_model, way):
+def test_skip_ratio_zero_equals_stock_llava(family_model, way):
     inputs = tiny.batch()
-    stock = tiny.stock_of(any_model)
-    assert torch.equal(written(any_model, inputs, **WAYS[way], skip_ratio=0.0), written(stock, inputs, **WAYS[way]))
+    stock = tiny.stock_of(family_model)
+    assert torch.equal(written(family_model, inputs, **WAYS[way], skip_ratio=0.0), written(stock, inputs, **WAYS[way]))
 
 
 @pytest.mark.parametrize("route", [[False] * 4, [False, True, True, False], [True, False, False, False]])
@@ -274,6 +274,23 @@ def test_prompt_lookup_writes_the_same_tokens(family_model, name):
     plain = written(family_model, inputs, max_new_tokens=12)
     assert torch.equal(written(family_model, inputs, max_new_tokens=12, prompt_lookup_num_tokens=3), plain)
     assert router.calls == 2
+
+
+@pytest.mark.parametrize("drafting", ["prompt lookup", "assistant"])
+def test_drafts_in_the_first_pass_do_not_decide(model, drafting):
+    inputs = tiny.alone("question")
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], inputs["input_ids"][:, -2:]], 1)
+    lengths, logits = [], []
+    arguments = {"prompt_lookup_num_tokens": 3}
+    if drafting == "assistant":
+        arguments = {"assistant_model": tiny.tiny_model(model.config, seed=5)}
+    layers_of(model)[0].mlp.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    for layer in layers_of(model):
+        layer.router.register_forward_hook(lambda module, args, out: logits.append(out[:, 0]))
+    written(model, inputs, **arguments)
+    assert lengths[0] > inputs["input_ids"].shape[1] + 2  # drafts came along
+    expected = model(**inputs).router_logits
+    torch.testing.assert_close(torch.stack(logits[:NUM_LAYERS], 1), expected, rtol=0, atol=1e-5)
 
 
 def test_prompt_lookup_with_skipped_layer_0_writes_the_same_tokens(family_model):

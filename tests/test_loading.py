@@ -252,6 +252,16 @@ def test_a_model_cast_to_bfloat16_routes_alike(model):
     assert torch.equal(model.bfloat16()(**inputs).routes, PATTERN)
 
 
+def test_adapters_may_be_kept_in_float32_in_a_bfloat16_model(model):
+    model.bfloat16()
+    for layer in layers_of(model):
+        layer.adapter.float()
+    inputs = tiny.batch()
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    outputs = model(**inputs)
+    assert outputs.logits.dtype == torch.bfloat16 and torch.equal(outputs.routes, PATTERN)
+
+
 def test_tied_embeddings_survive_saving(tmp_path):
     config = tiny.tiny_config(text={"tie_word_embeddings": True}, tie_word_embeddings=True)
     model = RoeLlavaForConditionalGeneration(config).eval()

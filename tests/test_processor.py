@@ -105,6 +105,12 @@ def test_system_text_is_context(word_processor):
     assert found[0] == "<s>AhelpfulA.USER:" + "<image>" * 4 and found[1].startswith("whatcolour")
 
 
+def test_a_token_that_begins_with_the_blank_before_its_word_belongs_to_the_word(processor):
+    text = SYSTEM + "USER: how many squares? ASSISTANT:"
+    found = parts(processor, text, processor(text=text))
+    assert found[0].endswith("A.") and found[1].startswith("USER:how")
+
+
 def test_text_without_role_tags_is_all_question(word_processor):
     found = parts(word_processor, "how many?", word_processor(text="how many?"))
     assert found == {0: "<s>", 1: "howmany?"}
