@@ -53,10 +53,19 @@ class RoeCache(DynamicCache):
 
     def set_routes(self, routes: Tensor, rows: list[LayerRows] | None = None) -> None:
         """Fix the routes (B, L) of the rows; `rows` saves a copy to the host where the caller has the lists already."""
-        self.routes = routes
+        self.routes = routes.clone()  # outputs carry the same tensor; what a caller does to it stays there
         if rows is None:
             rows = [LayerRows(keep, routes.device) for keep in routes.t().tolist()]
         self.rows = rows
+
+    def routes_for(self, batch_size: int) -> tuple[Tensor, list[LayerRows]]:
+        """Copies of routes and rows, for a forward pass over so many rows.
+
+        Raises: ValueError if the cache holds another number of rows.
+        """
+        if self.routes.shape[0] != batch_size:
+            raise ValueError(f"past_key_values holds routes of {self.routes.shape[0]} rows, the input has {batch_size}")
+        return self.routes.clone(), list(self.rows)
 
     def leave_request(self, request: dict) -> None:
         """Leave `generate`'s routing arguments for the first forward pass.

@@ -74,6 +74,10 @@ class RoeGenerationMixin:
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                "generate in training mode with gradient checkpointing would run without its cache: call model.eval()"
+            )
         if cache is None:
             if self.training:
                 raise ValueError(

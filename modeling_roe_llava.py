@@ -381,8 +381,7 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
         """Fix the routes where they are known (cache, `routes=`), else say what the routing tokens read."""
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if cache is not None and cache.routes is not None:
-            check_batch(tokens.shape[0], cache)
-            routing.routes, routing.rows = cache.routes, list(cache.rows)
+            routing.routes, routing.rows = cache.routes_for(tokens.shape[0])
             return
         if request["routes"] is not None:
             always_run = [i for i, layer in enumerate(self.language_model.layers) if layer.router is None]
@@ -394,6 +393,8 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
         if segments is None:
             segments = self.segments_of(input_ids, inputs_embeds, attention_mask)
         segments = pad_segments(segments.to(tokens.device), tokens.shape[1])
+        if attention_mask is not None and attention_mask.shape == segments.shape:
+            segments = segments.masked_fill(attention_mask.to(segments.device) == 0, -1)  # padding is never read
         if self.training and cache is None:
             if request["route_bias"] is not None:
                 raise ValueError("route_bias shifts decisions at inference; in training set model.model.routing_phase")
@@ -506,12 +507,6 @@ class RoeLlavaForConditionalGeneration(
             turn_router_logits=routing.turn_router_logits(),
             turn_mask=routing.turn_mask,
         )
-
-
-def check_batch(batch_size: int, cache: RoeCache) -> None:
-    """A cache follows as many rows as it has routes."""
-    if cache.routes.shape[0] != batch_size:
-        raise ValueError(f"past_key_values holds routes of {cache.routes.shape[0]} rows, the input has {batch_size}")
 
 
 register_names(RoeLlavaForConditionalGeneration, RoeLlavaModel)

@@ -67,6 +67,8 @@ def inference_visibility(segments: Tensor, question: str = "last_turn") -> Tenso
         question: `"last_turn"`: the last turn's question. `"all_text"`: everything from the first question token to
             the last, padding excluded.
     """
+    if question not in ("last_turn", "all_text"):  # set after the configuration was checked
+        raise ValueError(f"routing_question must be 'last_turn' or 'all_text', got {question!r}")
     if question == "last_turn":
         last_turn = segments.amax(dim=1, keepdim=True).clamp(min=1)
         text = segments == last_turn
@@ -97,6 +99,8 @@ def routing_position_ids(position_ids: Tensor, attention_mask: Tensor | None, nu
         num_tokens: R.
         mode: `config.routing_positions`.
     """
+    if mode not in ("preceding", "first"):  # set after the configuration was checked
+        raise ValueError(f"routing_positions must be 'preceding' or 'first', got {mode!r}")
     first = torch.zeros_like(position_ids[:, :1])
     if attention_mask is not None:
         first = (attention_mask != 0).long().argmax(dim=1, keepdim=True).to(position_ids.device)

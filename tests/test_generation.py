@@ -499,3 +499,10 @@ def test_a_failed_generation_leaves_nothing_behind_in_a_given_cache(model):
         written(model, tiny.alone("question"), routes=[True] * 5, past_key_values=cache)
     details(model, tiny.alone("question"), past_key_values=cache)
     assert torch.equal(cache.routes, PATTERN[:1])
+
+
+def test_generating_while_training_with_gradient_checkpointing_is_refused(model):
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"gradient checkpointing .* model.eval\(\)"):
+        model.generate(**tiny.alone("question"), max_new_tokens=2)

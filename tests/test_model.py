@@ -566,3 +566,25 @@ def test_a_given_empty_cache_is_filled(model):
     outputs = model(**tiny.batch(), past_key_values=cache)
     assert outputs.past_key_values is cache
     assert torch.equal(cache.routes, PATTERN)
+
+
+def test_padding_is_never_read_whatever_the_segments_say(model, no_gradients):
+    inputs = tiny.batch(("question", "one_token"))
+    segments = model.model.segments_of(inputs["input_ids"], None, inputs["attention_mask"])
+    careless = segments.masked_fill(inputs["attention_mask"] == 0, 0)
+    expected = model(**inputs, routing_segments=segments).router_logits
+    assert torch.equal(model(**inputs, routing_segments=careless).router_logits, expected)
+
+
+@pytest.mark.parametrize("option", ["routing_positions", "routing_question"])
+def test_an_option_mistyped_at_run_time_is_named(model, option):
+    setattr(model.config, option, "typo")
+    with pytest.raises(ValueError, match=f"{option} must be .* got 'typo'"):
+        model(**tiny.alone("question"))
+
+
+def test_changing_returned_routes_does_not_change_the_cache(model, no_gradients):
+    outputs = model(**tiny.alone("question"))
+    kept = outputs.past_key_values.routes.clone()
+    outputs.routes.fill_(False)
+    assert torch.equal(outputs.past_key_values.routes, kept)
