@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import configuration_roe, modeling_roe_llava, processing_roe
+from ..loading_roe import AUTO_MAP
 from .output import write_json
 from .source import read_json
 
@@ -69,7 +70,7 @@ def grafted_config(base: dict, routing_fields: dict, provenance: dict) -> dict:
     config = base | {
         "model_type": configuration_roe.RoeLlavaConfig.model_type,
         "architectures": [modeling_roe_llava.RoeLlavaForConditionalGeneration.__name__],
-        "auto_map": modeling_roe_llava.AUTO_MAP,
+        "auto_map": AUTO_MAP,
         **routing_fields,
         "roe_provenance": provenance,
     }

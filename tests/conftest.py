@@ -3,8 +3,9 @@
 import pytest
 import tiny
 import torch
-from roe_llava import RoeLlavaProcessor
 from transformers import CLIPImageProcessor
+
+from roe_llava import RoeLlavaProcessor
 
 
 @pytest.fixture(autouse=True)

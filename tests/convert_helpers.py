@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-from roe_llava import RoeLlavaForConditionalGeneration
-from roe_llava.modeling_roe_llava import is_roe_parameter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -17,6 +15,9 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from roe_llava import RoeLlavaForConditionalGeneration
+from roe_llava.loading_roe import is_roe_parameter
 
 NUM_LAYERS = 3
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:", "what", "is", "this", "a", "red", "big"]

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from convert_helpers import NUM_LAYERS, change_json, change_tensors, make_base, train
+from safetensors import safe_open
+from safetensors.torch import load_file
+
 from roe_llava.convert.adapter_file import FORMAT_VERSION, read_adapter, save_adapter
 from roe_llava.convert.fingerprint import describe_base
 from roe_llava.convert.state_dict import to_disk_names
-from roe_llava.modeling_roe_llava import is_roe_parameter
-from safetensors import safe_open
-from safetensors.torch import load_file
+from roe_llava.loading_roe import is_roe_parameter
 
 ROUTER_1 = "language_model.model.layers.1.router.weight"
 DOWN_1 = "language_model.model.layers.1.adapter.down_proj.weight"

@@ -5,8 +5,9 @@ import copy
 import pytest
 import tiny
 import torch
-from roe_llava import RoeCache
 from tiny import NAMES, NUM_LAYERS, PATTERN
+
+from roe_llava import RoeCache
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 # Matrix products of another batch size round differently; logits are of order 1.

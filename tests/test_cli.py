@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import roe_llava
 from convert_helpers import make_base, train
+
+import roe_llava
 from roe_llava.cli import COMMANDS, build_parser, main
 from roe_llava.convert.adapter_file import save_adapter
 

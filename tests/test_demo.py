@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+
 from roe_llava import RoeLlavaConfig, RoeLlavaForConditionalGeneration, RoeLlavaProcessor
 from roe_llava.examples.tiny_world import asking, demo, pictures, report, timing
 from roe_llava.examples.tiny_world.base_model import build_base

@@ -7,9 +7,10 @@ import threading
 import pytest
 import tiny
 import torch
-from roe_llava import RoeCache
 from tiny import NAMES, NUM_LAYERS, PATTERN, Calls, layers_of
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer, TextStreamer
+
+from roe_llava import RoeCache
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}

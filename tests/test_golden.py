@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from roe_llava import RoeLlavaConfig, RoeLlavaForConditionalGeneration, RoutingPhase, modeling_roe_llava
-from roe_llava.routing_roe import default_segments, path_weights, roe_loss, token_loss_per_example, turns_of_tokens
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlamaConfig
+
+from roe_llava import RoeLlavaConfig, RoeLlavaForConditionalGeneration, RoutingPhase, modeling_roe_llava
+from roe_llava.routing_roe import default_segments, path_weights, roe_loss, token_loss_per_example, turns_of_tokens
 
 FOLDER = Path(__file__).parent / "golden" / "roe_reference"
 RECORDED = load_file(FOLDER / "inference.safetensors")

@@ -7,13 +7,14 @@ import shutil
 import pytest
 import torch
 from convert_helpers import NUM_LAYERS, change_json, change_tensors, make_base, tiny_config, tiny_inputs, train
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+from transformers.dynamic_module_utils import get_relative_import_files
+
 from roe_llava import RoeLlavaForConditionalGeneration, RoeLlavaProcessor
 from roe_llava.convert.adapter_file import save_adapter
 from roe_llava.convert.fingerprint import describe_base
 from roe_llava.convert.graft import graft
-from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration
-from transformers.dynamic_module_utils import get_relative_import_files
 
 SHARDS = {"max_shard_size": "20KB"}
 

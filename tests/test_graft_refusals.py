@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from convert_helpers import change_json, change_tensors, make_base, train
+from safetensors.torch import load_file
+
 from roe_llava.convert.adapter_file import read_adapter, save_adapter
 from roe_llava.convert.graft import graft
-from safetensors.torch import load_file
 
 SHARDS = {"max_shard_size": "20KB"}
 

@@ -6,9 +6,10 @@ import json
 import pytest
 import tiny
 import torch
-from roe_llava import RoeLlavaConfig, RoeLlavaForConditionalGeneration, RoeLlavaModel
 from safetensors.torch import load_file, save_file
 from tiny import NUM_LAYERS, PATTERN, layers_of
+
+from roe_llava import RoeLlavaConfig, RoeLlavaForConditionalGeneration, RoeLlavaModel
 
 NEW = [
     f"model.language_model.layers.{layer}.{part}.weight"
@@ -92,10 +93,10 @@ def test_a_stock_checkpoint_with_every_layer_kept_equals_stock_llava(stock_folde
 
 
 def test_a_stock_checkpoint_warns_that_routing_is_untrained(stock_folder, monkeypatch):
-    from roe_llava import modeling_roe_llava
+    from roe_llava import loading_roe
 
     said = []
-    monkeypatch.setattr(modeling_roe_llava.logger, "warning", said.append)
+    monkeypatch.setattr(loading_roe.logger, "warning", said.append)
     RoeLlavaForConditionalGeneration.from_pretrained(stock_folder[0])
     assert "13 of the 13 routing tensors" in said[0] and "untrained" in said[0]
 

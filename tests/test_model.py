@@ -6,10 +6,11 @@ import math
 import pytest
 import tiny
 import torch
-from roe_llava import RoeCache
-from roe_llava.routing_roe import Routing
 from tiny import NAMES, NUM_LAYERS, PATTERN, Calls, layers_of
 from transformers import DynamicCache
+
+from roe_llava import RoeCache
+from roe_llava.routing_roe import Routing
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 # Matrix products round differently when rows or the two routing tokens come along; logits are of order 1.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from convert_helpers import make_base, train
+
 from roe_llava.convert import graft as graft_module
 from roe_llava.convert import output, weights
 from roe_llava.convert.adapter_file import save_adapter

@@ -4,9 +4,10 @@ import pytest
 import tiny
 import torch
 from conftest import make_processor
+from tiny import picture, said
+
 from roe_llava import RoeLlavaProcessor
 from roe_llava.routing_roe import default_segments
-from tiny import picture, said
 
 ONE = "USER: <image>\nwhat colour is the circle? ASSISTANT:"
 TWO = "USER: <image>\nwhat colour is the circle? ASSISTANT: red</s>USER: how many squares? ASSISTANT: two</s>"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from roe_llava.convert.graft import graft
 from roe_llava.examples.tiny_world import demo, readme_table
 

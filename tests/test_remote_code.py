@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from convert_helpers import make_base, tiny_inputs, train
+from safetensors.torch import load_file, save_file
+
 from roe_llava import RoeLlavaProcessor
 from roe_llava.convert.adapter_file import save_adapter
 from roe_llava.convert.graft import graft
-from safetensors.torch import load_file, save_file
 
 # Put in front of every script: the package cannot be found even where it is installed.
 NO_PACKAGE = """

@@ -7,6 +7,8 @@ import pickle
 import pytest
 import tiny
 import torch
+from tiny import NUM_LAYERS
+
 from roe_llava import RoeLlavaConfig, RoutingPhase
 from roe_llava.cache_roe import LayerRows
 from roe_llava.routing_roe import (
@@ -23,7 +25,6 @@ from roe_llava.routing_roe import (
     training_visibility,
     turns_of_tokens,
 )
-from tiny import NUM_LAYERS
 
 IMG = tiny.IMAGE
 

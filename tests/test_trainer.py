@@ -5,11 +5,12 @@ import math
 import pytest
 import tiny
 import torch
+from transformers import TrainerCallback, TrainingArguments
+
 from roe_llava import RoutingPhase
 from roe_llava.training.objective import Objective, routing_information
 from roe_llava.training.schedule import StageSchedule, cosine_with_warmup
 from roe_llava.training.trainer import RoeTrainer, group_of, parameter_groups
-from transformers import TrainerCallback, TrainingArguments
 
 RATES = {"adapter": 1e-2, "router": 1e-2, "routing_tokens": 1e-2}
 

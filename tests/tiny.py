@@ -8,7 +8,6 @@ import functools
 
 import numpy as np
 import torch
-from roe_llava import RoeLlavaConfig, RoeLlavaForConditionalGeneration
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -21,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+
+from roe_llava import RoeLlavaConfig, RoeLlavaForConditionalGeneration
 
 IMAGE, PAD, NUM_LAYERS, HIDDEN, VOCAB = 127, 0, 4, 32, 128
 WINDOW = 6  # of the sliding layers; every prompt with an image is longer

@@ -31,7 +31,7 @@ def prompts(processor: ProcessorMixin, examples: Sequence[dict]) -> BatchFeature
 
 @torch.inference_mode()
 def ask(
-    model: PreTrainedModel, processor: ProcessorMixin, examples: Sequence[dict], batch_size: int = 50
+    model: PreTrainedModel, processor: ProcessorMixin, examples: Sequence[dict], batch_size: int = 50, **generate_kwargs
 ) -> tuple[list[str], Tensor | None]:
     """Greedy answers, and the routes that led to them.
 
@@ -39,14 +39,14 @@ def ask(
         model: stock LLaVA or RoE-LLaVA.
         examples: as made by `TinyWorld`.
         batch_size: prompts per batch.
+        generate_kwargs: handed to `generate`, such as `routes`.
     Returns: N answers without special tokens; routes (N, L) bool, `None` for a model that has none.
     """
     answers, routes = [], []
     for start in range(0, len(examples), batch_size):
         inputs = prompts(processor, examples[start : start + batch_size]).to(model.device, model.dtype)
-        output = model.generate(
-            **inputs, do_sample=False, max_new_tokens=MAX_ANSWER_TOKENS, return_dict_in_generate=True
-        )
+        settings = {"do_sample": False, "max_new_tokens": MAX_ANSWER_TOKENS, "return_dict_in_generate": True}
+        output = model.generate(**inputs, **settings, **generate_kwargs)
         new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
         routes.append(getattr(output.past_key_values, "routes", None))

@@ -19,6 +19,7 @@ from .world import CELLS, FAMILIES, Scene, Turn, messages, questions, random_sce
 LOOKUPS = ("object", "object", "where", "color", "exist", "count")
 NUM_TURNS = 4
 LESSONS = ("tour", "lookups", "questions", "questions", "questions")  # one entry per batch, in turn
+TOURS_FIRST = 400  # batches of tours alone at the start: nothing else is learned before cells are found
 IGNORED = -100
 
 
@@ -48,7 +49,8 @@ class Lessons(torch.utils.data.Dataset):
         """An example as `TinyWorld` makes them, made anew for each index."""
         rng = random.Random(f"lessons/{self.seed}/{index}")
         scene = random_scene(rng, "train")
-        lesson = LESSONS[index // self.batch_size % len(LESSONS)]
+        batch = index // self.batch_size
+        lesson = "tour" if batch < TOURS_FIRST else LESSONS[batch % len(LESSONS)]
         if lesson == "tour":
             turns = [tour(scene, rng)]
         elif lesson == "lookups":

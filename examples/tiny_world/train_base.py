@@ -105,7 +105,7 @@ def train_decoder(model, processor, options: argparse.Namespace, partial: Path) 
         use_cpu=not torch.cuda.is_available(),
         bf16=True,
         train_sampling_strategy="sequential",  # the lessons come in the order in which they are to be read
-        logging_steps=100,
+        logging_steps=50,
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,

@@ -7,7 +7,6 @@ has to be held against: the base, and the layers that matter least dropped for g
 import argparse
 import itertools
 import json
-import math
 import tempfile
 import time
 from collections import Counter
@@ -20,14 +19,16 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from ...convert.adapter_file import save_adapter
-from ...convert.output import check_target
+from ...convert.fingerprint import describe_base
+from ...convert.output import check_target, write_json
 from ...modeling_roe_llava import RoeLlavaForConditionalGeneration
 from ...processing_roe import RoeLlavaProcessor
 from ...training.data import ChatCollator
 from ...training.objective import Objective
 from ...training.schedule import StageSchedule
 from ...training.trainer import RoeTrainer
-from .evaluate import answer, family_examples, share_right
+from .asking import ask
+from .evaluate import family_examples, share_right
 from .world import FAMILIES, TinyWorld, messages
 
 BASE = Path(__file__).parent / "checkpoint" / "base"
@@ -103,34 +104,14 @@ def train(model, processor, schedule: StageSchedule, objective: Objective, args,
     return (time.perf_counter() - start) / 60
 
 
-def routed_answers(model, processor, examples: list[dict], **generate_kwargs) -> tuple[list[str], torch.Tensor]:
-    """Answers, and the routes (N, L) the questions took."""
-    with torch.inference_mode():
-        inputs = [messages(example)[:-1] for example in examples]
-        routes = []
-        for start in range(0, len(inputs), 64):
-            batch = processor.apply_chat_template(
-                inputs[start : start + 64],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
-            )
-            routes.append(model(**batch).routes)
-    return answer(model, processor, examples, **generate_kwargs), torch.cat(routes)
-
-
 def evaluate(model, processor, per_family: int, split: str, routes=None) -> dict:
-    """Accuracy, realised skip ratio and routes per family; `routes` pins one, a route of True is the base itself."""
+    """Accuracy, realised skip ratio and routes over all families; `routes` pins one, all True being the base itself."""
     accuracy, skipped, taken = {}, {}, Counter()
     pinned = {} if routes is None else {"routes": routes}
+    model.eval()
     for family in tqdm(FAMILIES, desc=f"answering the {split} questions"):
         examples = family_examples(family, per_family, split)
-        if routes is None:
-            answers, decided = routed_answers(model, processor, examples)
-        else:
-            answers, decided = answer(model, processor, examples, **pinned), routes.expand(per_family, -1)
+        answers, decided = ask(model, processor, examples, **pinned)
         accuracy[family] = share_right(answers, examples)
         skipped[family] = 1 - decided.float().mean().item()
         taken.update("".join("x" if keep else "-" for keep in route) for route in decided.tolist())
@@ -238,19 +219,21 @@ def run(args: argparse.Namespace) -> None:
         roe = evaluate(model, processor, args.per_family, "test")
         results = {"base": base, "roe": roe, "static_drop": []}
         if not args.no_static:
-            share = roe["skip_ratio"] * len(keep_all)
-            for number in sorted({math.floor(share), math.ceil(share)} - {0}):
-                results["static_drop"].append(static_drop(args, schedule, number, Path(folder)))
+            number = max(1, round(roe["skip_ratio"] * len(keep_all)))
+            results["static_drop"].append(static_drop(args, schedule, number, Path(folder)))
     about = summary(args, minutes, results)
-    save_adapter(model, model.config, args.out, base=args.base, training=about, overwrite=args.overwrite)
+    known = describe_base(args.base, base_id="examples/tiny_world/checkpoint/base") if args.base == BASE else args.base
+    save_adapter(model, model.config, args.out, base=known, training=about, overwrite=args.overwrite)
+    write_json(args.out / "training.json", about)
     print(json.dumps(about, indent=2))
     print(f"wrote {args.out}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    run(parser.parse_args())
+    run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":
