@@ -31,7 +31,11 @@ def prompts(processor: ProcessorMixin, examples: Sequence[dict]) -> BatchFeature
 
 @torch.inference_mode()
 def ask(
-    model: PreTrainedModel, processor: ProcessorMixin, examples: Sequence[dict], batch_size: int = 50, **generate_kwargs
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    examples: Sequence[dict],
+    batch_size: int = 50,
+    routes: Tensor | None = None,
 ) -> tuple[list[str], Tensor | None]:
     """Greedy answers, and the routes that led to them.
 
@@ -39,18 +43,19 @@ def ask(
         model: stock LLaVA or RoE-LLaVA.
         examples: as made by `TinyWorld`.
         batch_size: prompts per batch.
-        generate_kwargs: handed to `generate`, such as `routes`.
+        routes: (N, L) bool, pins a route per question.
     Returns: N answers without special tokens; routes (N, L) bool, `None` for a model that has none.
     """
-    answers, routes = [], []
+    answers, taken = [], []
     for start in range(0, len(examples), batch_size):
         inputs = prompts(processor, examples[start : start + batch_size]).to(model.device, model.dtype)
+        pinned = {} if routes is None else {"routes": routes[start : start + batch_size]}
         settings = {"do_sample": False, "max_new_tokens": MAX_ANSWER_TOKENS, "return_dict_in_generate": True}
-        output = model.generate(**inputs, **settings, **generate_kwargs)
+        output = model.generate(**inputs, **settings, **pinned)
         new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
-        routes.append(getattr(output.past_key_values, "routes", None))
-    return answers, None if routes[0] is None else torch.cat(routes).cpu()
+        taken.append(getattr(output.past_key_values, "routes", None))
+    return answers, None if taken[0] is None else torch.cat(taken).cpu()
 
 
 @dataclass

@@ -32,7 +32,7 @@ from .evaluate import family_examples, share_right
 from .world import FAMILIES, TinyWorld, messages
 
 BASE = Path(__file__).parent / "checkpoint" / "base"
-RATES = {"adapter": 2e-3, "router": 2e-3, "routing_tokens": 2e-3}
+RATES = {"adapter": 2e-3, "router": 1e-3, "routing_tokens": 1e-3}
 
 
 class Conversations(Dataset):
@@ -104,25 +104,50 @@ def train(model, processor, schedule: StageSchedule, objective: Objective, args,
     return (time.perf_counter() - start) / 60
 
 
-def evaluate(model, processor, per_family: int, split: str, routes=None) -> dict:
-    """Accuracy, realised skip ratio and routes over all families; `routes` pins one, all True being the base itself."""
-    accuracy, skipped, taken = {}, {}, Counter()
-    pinned = {} if routes is None else {"routes": routes}
+def evaluate(model, processor, per_family: int, split: str, routes: dict | torch.Tensor | None = None) -> dict:
+    """Accuracy, realised skip ratio and routes over all families.
+
+    Args:
+        per_family: questions per family.
+        routes: pinned routes: (L,) for all questions (all True is the base itself), or per family (N, L).
+    """
+    accuracy, skipped, taken = {}, {}, {}
     model.eval()
     for family in tqdm(FAMILIES, desc=f"answering the {split} questions"):
         examples = family_examples(family, per_family, split)
-        answers, decided = ask(model, processor, examples, **pinned)
+        pinned = routes[family] if isinstance(routes, dict) else routes
+        pinned = None if pinned is None else pinned.expand(per_family, -1)
+        answers, taken[family] = ask(model, processor, examples, routes=pinned)
         accuracy[family] = share_right(answers, examples)
-        skipped[family] = 1 - decided.float().mean().item()
-        taken.update("".join("x" if keep else "-" for keep in route) for route in decided.tolist())
-    total = sum(taken.values())
+        skipped[family] = 1 - taken[family].float().mean().item()
     return {
         "accuracy": mean(accuracy),
         "skip_ratio": mean(skipped),
         "accuracy_by_family": accuracy,
         "skip_ratio_by_family": skipped,
-        "routes": {route: number / total for route, number in taken.most_common()},
+        "taken": taken,
     }
+
+
+def route_shares(taken: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Share of the questions per route, most common first; x for a layer that ran, - for one that did not."""
+    routes = Counter("".join("x" if keep else "-" for keep in route) for route in torch.cat([*taken.values()]).tolist())
+    return {route: number / routes.total() for route, number in routes.most_common()}
+
+
+def controls(model, processor, args, base: dict, roe: dict) -> list[dict]:
+    """What the routes are worth: the same model on other questions' routes, and on one route for all."""
+    every = torch.cat([*roe["taken"].values()])
+    mixed = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(args.seed))]
+    swapped = dict(zip(roe["taken"], mixed.split(args.per_family), strict=True))
+    most_common = torch.tensor([mark == "x" for mark in next(iter(route_shares(roe["taken"])))])
+    rows = {
+        "base, every layer": base,
+        "RoE, routes as decided": roe,
+        "RoE, routes shuffled over the questions": evaluate(model, processor, args.per_family, "test", swapped),
+        "RoE, its most common route for all": evaluate(model, processor, args.per_family, "test", most_common),
+    }
+    return [{"name": name, "accuracy": row["accuracy"], "skip_ratio": row["skip_ratio"]} for name, row in rows.items()]
 
 
 def mean(by_family: dict[str, float]) -> float:
@@ -155,11 +180,14 @@ def static_drop(args, schedule, number: int, folder: Path) -> dict:
     routes = torch.tensor([layer not in dropped for layer in range(len(influence))])
     untrained = evaluate_dropped(model, processor, args, dropped)
     minutes = train(model, processor, schedule, Objective(0.0), args, folder, routes)
+    result = evaluate(model, processor, args.per_family, "test", routes)
     return {
-        "dropped_layers": dropped,
-        "minutes": minutes,
-        **evaluate(model, processor, args.per_family, "test", routes),
+        "name": f"layers {', '.join(map(str, dropped))} (least block influence) replaced for every question",
+        "accuracy": result["accuracy"],
+        "skip_ratio": result["skip_ratio"],
         "accuracy_without_training": untrained,
+        "training_minutes": minutes,
+        "accuracy_by_family": result["accuracy_by_family"],
     }
 
 
@@ -217,10 +245,12 @@ def run(args: argparse.Namespace) -> None:
         base = evaluate(model, processor, args.per_family, "test", keep_all)
         minutes = train(model, processor, schedule, objective, args, Path(folder))
         roe = evaluate(model, processor, args.per_family, "test")
-        results = {"base": base, "roe": roe, "static_drop": []}
+        results = {"base": base, "roe": roe, "controls": controls(model, processor, args, base, roe), "static_drop": []}
         if not args.no_static:
             number = max(1, round(roe["skip_ratio"] * len(keep_all)))
             results["static_drop"].append(static_drop(args, schedule, number, Path(folder)))
+    for one in (base, roe):
+        one["routes"] = route_shares(one.pop("taken"))
     about = summary(args, minutes, results)
     known = describe_base(args.base, base_id="examples/tiny_world/checkpoint/base") if args.base == BASE else args.base
     save_adapter(model, model.config, args.out, base=known, training=about, overwrite=args.overwrite)
