@@ -37,10 +37,19 @@ class Lessons(torch.utils.data.Dataset):
         batch_size: conversations per step, so that the kind changes with the batch and little is padded.
         seed: another seed gives other scenes.
         families: families to ask about.
+        tours_first: batches at the start that are tours alone.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int = 0, families: Sequence[str] = tuple(FAMILIES)):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int = 0,
+        families: Sequence[str] = tuple(FAMILIES),
+        tours_first: int = TOURS_FIRST,
+    ):
         self.size, self.batch_size, self.seed, self.families = size, batch_size, seed, tuple(families)
+        self.tours_first = tours_first
 
     def __len__(self) -> int:
         return self.size
@@ -50,7 +59,7 @@ class Lessons(torch.utils.data.Dataset):
         rng = random.Random(f"lessons/{self.seed}/{index}")
         scene = random_scene(rng, "train")
         batch = index // self.batch_size
-        lesson = "tour" if batch < TOURS_FIRST else LESSONS[batch % len(LESSONS)]
+        lesson = "tour" if batch < self.tours_first else LESSONS[batch % len(LESSONS)]
         if lesson == "tour":
             turns = [tour(scene, rng)]
         elif lesson == "lookups":

@@ -33,7 +33,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .base_model import build_base
 from .evaluate import accuracy_by_family, family_examples, most_common_share
-from .lessons import LessonCollator, Lessons
+from .lessons import TOURS_FIRST, LessonCollator, Lessons
 from .processor import build_processor
 from .vision import align_projector, train_vision
 from .world import FAMILIES
@@ -56,8 +56,9 @@ def save_base(model: LlavaForConditionalGeneration, processor: LlavaProcessor, f
     raw = folder / "raw"
     model.save_pretrained(raw)
     tower, weights = "vision_tower.", load_file(raw / "model.safetensors")
+    hub = f"{tower}vision_model."  # there already if the model was loaded
     renamed = {
-        f"{tower}vision_model.{key.removeprefix(tower)}" if key.startswith(tower) else key: value
+        hub + key.removeprefix(hub).removeprefix(tower) if key.startswith(tower) else key: value
         for key, value in weights.items()
     }
     save_file(renamed, raw / "model.safetensors", metadata={"format": "pt"})
@@ -83,21 +84,29 @@ class Snapshots(TrainerCallback):
 
 
 def train_decoder(model, processor, options: argparse.Namespace, partial: Path) -> None:
-    """The decoder and the projector on `Lessons`, with the stock `Trainer`."""
+    """The decoder and the projector on `Lessons`: one run of the stock `Trainer` per number of steps."""
     AttentionInterface.register(FLOAT32_ATTENTION, sdpa_in_float32)
     AttentionMaskInterface.register(FLOAT32_ATTENTION, sdpa_mask)
     model.set_attn_implementation({"text_config": FLOAT32_ATTENTION})
     if options.compile:
         for layer in model.model.language_model.layers:
             layer.compile(dynamic=True)
+    for run, steps in enumerate(options.steps):
+        train_once(model, processor, options, partial, run, steps)
+
+
+def train_once(model, processor, options: argparse.Namespace, partial: Path, run: int, steps: int) -> None:
+    """One run: the rate rises, stays and falls; every run has lessons of its own, the first begins with tours alone."""
+    size, seed = steps * options.batch_size, options.seed + run
+    lessons = Lessons(size, options.batch_size, seed, options.families, TOURS_FIRST if run == 0 else 0)
     arguments = TrainingArguments(
         output_dir=str(partial),
-        max_steps=options.steps,
+        max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         learning_rate=options.learning_rate,
-        warmup_steps=min(100, options.steps // 10),
+        warmup_steps=min(100, steps // 10),
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": int(options.decay * options.steps), "decay_type": "linear"},
+        lr_scheduler_kwargs={"num_decay_steps": int(options.decay * steps), "decay_type": "linear"},
         optim="adamw_torch_fused",
         adam_beta2=0.98,
         weight_decay=0.05,
@@ -105,16 +114,16 @@ def train_decoder(model, processor, options: argparse.Namespace, partial: Path) 
         use_cpu=not torch.cuda.is_available(),
         bf16=True,
         train_sampling_strategy="sequential",  # the lessons come in the order in which they are to be read
-        logging_steps=50,
+        logging_steps=100,
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
-        seed=options.seed,
+        seed=seed,
     )
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=Lessons(options.steps * options.batch_size, options.batch_size, options.seed, options.families),
+        train_dataset=lessons,
         data_collator=LessonCollator(processor),
         callbacks=[Snapshots(processor, partial, options.snapshot_steps, options.families)],
     )
@@ -149,7 +158,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the tiny world's base model from scratch.")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--steps", type=int, default=4500, help="optimizer steps of the decoder stage")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[2200, 1200], help="optimizer steps of the decoder stage, run by run"
+    )
     parser.add_argument("--batch-size", type=int, default=24, help="conversations per step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.4, help="share of the steps, at the end, with a falling rate")
@@ -159,7 +170,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--families", nargs="+", choices=tuple(FAMILIES), default=tuple(FAMILIES))
     parser.add_argument("--per-family", type=int, default=250, help="held-out questions per family at the end")
-    parser.add_argument("--snapshot-steps", type=int, default=500)
+    parser.add_argument("--snapshot-steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers; needs a C++ compiler")
