@@ -172,10 +172,7 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
         kwargs = kwargs | {
             "past_key_values": attention,
             "routing_attention": attention,
-            "position_embeddings": tuple(
-                torch.cat([ordinary.expand(tokens.shape[0], -1, -1), routed.to(ordinary)], dim=1)
-                for ordinary, routed in zip(kwargs["position_embeddings"], positions, strict=True)
-            ),
+            "position_embeddings": tuple(part.to(tokens.device) for part in positions),
         }
         return super().forward(tokens, **kwargs)
 
@@ -254,7 +251,7 @@ class RoeLanguageModel:
         return outputs
 
     def place_routing_tokens(self, inputs_embeds, position_ids, attention_mask, routing: Routing, mode: str) -> None:
-        """States (B, R, D) that enter layer 0, and rotary embeddings of the positions before each row's first token."""
+        """States (B, R, D) that enter layer 0, and rotary embeddings of all tokens, ordinary ones first."""
         batch_size, num_tokens = routing.visible.shape[:2]
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
@@ -267,8 +264,7 @@ class RoeLanguageModel:
         position_ids = position_ids.expand(batch_size, -1)
         routed = routing_position_ids(position_ids, attention_mask, num_tokens, mode)
         # Rotary embeddings of all positions together: scaled variants look at the largest one.
-        embeddings = self.rotary_emb(inputs_embeds, torch.cat([position_ids, routed], dim=1))
-        routing.position_embeddings = tuple(part[:, -num_tokens:] for part in embeddings)
+        routing.position_embeddings = self.rotary_emb(inputs_embeds, torch.cat([position_ids, routed], dim=1))
 
 
 class RoeLlamaModel(RoeLanguageModel, LlamaModel):

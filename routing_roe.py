@@ -85,6 +85,12 @@ def training_visibility(segments: Tensor) -> Tensor:
     return segments[:, None, :] == torch.arange(num_turns + 1, device=segments.device)[None, :, None]
 
 
+def with_itself(visible: Tensor) -> Tensor:
+    """(B, R, S + R): a routing token reads itself beside the ordinary tokens in `visible` (B, R, S), no other one."""
+    itself = torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)
+    return torch.cat([visible, itself.expand(visible.shape[0], -1, -1)], dim=-1)
+
+
 def turns_of_tokens(segments: Tensor) -> Tensor:
     """(B, S) turn whose decision moves a token: the latest question at or before it, 0 in the context."""
     return segments.clamp(min=0).cummax(dim=1).values
@@ -253,8 +259,8 @@ class Routing:
         rows: per layer, which rows run it (`None` until decided; fixed beforehand when decoding or pinned).
         states: (B, R, D) routing tokens entering layer i at index i, the last layer's output at index L; `None` where
             no routing token runs (decoding, pinned routes).
-        visible: (B, R, S) bool, the ordinary tokens a routing token reads.
-        position_embeddings: rotary (cos, sin) of the routing tokens, each (B, R, P).
+        visible: (B, R, S + R) bool, the tokens a routing token reads, itself included.
+        position_embeddings: rotary (cos, sin) of ordinary and routing tokens, each (B, S + R, P).
         route_bias: one float per layer.
         logits: per layer, raw router logits: (B, 2) at inference, (B, T, 2) in training.
         phase, turns, turn_mask, weights: training only. `turns` (B, S) turn of every ordinary token, `turn_mask`
@@ -284,12 +290,12 @@ class Routing:
     def decide_on(self, segments: Tensor, route_bias, question: str) -> None:
         """Inference: one pair of routing tokens reads these segments (B, S); routers decide, shifted by the bias."""
         self.route_bias = checked_route_bias(route_bias, self.num_layers)
-        self.visible = inference_visibility(segments, question)
+        self.visible = with_itself(inference_visibility(segments, question))
 
     def train_on(self, segments: Tensor, phase: RoutingPhase) -> None:
         """Training: one text token per turn; both paths run, weighted as the phase says."""
         self.phase = phase
-        self.visible, self.turns = training_visibility(segments), turns_of_tokens(segments)
+        self.visible, self.turns = with_itself(training_visibility(segments)), turns_of_tokens(segments)
         num_turns = segments.amax(dim=1, keepdim=True).clamp(min=1)
         self.turn_mask = torch.arange(1, self.visible.shape[1], device=segments.device) <= num_turns
 
@@ -383,7 +389,7 @@ class RoutingAttention:
 
     Args:
         cache: the real cache, or `None`.
-        visible: (B, R, S) bool, ordinary tokens a routing token reads besides itself.
+        visible: (B, R, S + R) bool, tokens a routing token reads: ordinary ones and itself.
     """
 
     def __init__(self, cache, visible: Tensor):
@@ -399,9 +405,7 @@ class RoutingAttention:
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """(B, R, H, P) attention of the routing queries (B, H, R, P) over what they may read and themselves."""
-        itself = torch.eye(self.num_tokens, dtype=torch.bool, device=queries.device)
-        visible = self.visible.to(queries.device)
-        mask = torch.cat([visible, itself.expand(visible.shape[0], -1, -1)], dim=-1)[:, None]
+        mask = self.visible.to(queries.device)[:, None]
         keys, values = torch.cat([keys, self.keys], dim=2), torch.cat([values, self.values], dim=2)
         attended = nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=queries.shape[1] != keys.shape[1]

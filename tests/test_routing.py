@@ -24,6 +24,7 @@ from roe_llava.routing_roe import (
     take_rows,
     training_visibility,
     turns_of_tokens,
+    with_itself,
 )
 
 IMG = tiny.IMAGE
@@ -280,7 +281,7 @@ def test_routing_tokens_attend_to_what_they_may_see_and_themselves():
     keys, values = torch.randn(1, heads, tokens + 2, width), torch.randn(1, heads, tokens + 2, width)
     queries = torch.randn(1, heads, 2, width)
     visible = torch.tensor([[[True, False, True], [False, False, False]]])
-    attention = RoutingAttention(None, visible)
+    attention = RoutingAttention(None, with_itself(visible))
     ordinary_keys, ordinary_values = attention.update(keys, values, 0)
     assert torch.equal(ordinary_keys, keys[:, :, :tokens]) and torch.equal(ordinary_values, values[:, :, :tokens])
     out = attention.attend(queries, ordinary_keys, ordinary_values, 0.5)
