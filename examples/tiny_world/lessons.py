@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from .processor import ASSISTANT
-from .world import CELLS, FAMILIES, Scene, Turn, messages, questions, random_scene, render
+from .world import CELLS, PRACTICE, Scene, Turn, messages, questions, random_scene, render
 
 LOOKUPS = ("object", "object", "where", "color", "exist", "count")
 NUM_TURNS = 4
@@ -45,7 +45,7 @@ class Lessons(torch.utils.data.Dataset):
         size: int,
         batch_size: int,
         seed: int = 0,
-        families: Sequence[str] = tuple(FAMILIES),
+        families: Sequence[str] = tuple(PRACTICE),
         tours_first: int = TOURS_FIRST,
     ):
         self.size, self.batch_size, self.seed, self.families = size, batch_size, seed, tuple(families)

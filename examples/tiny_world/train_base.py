@@ -36,7 +36,7 @@ from .evaluate import accuracy_by_family, family_examples, most_common_share
 from .lessons import TOURS_FIRST, LessonCollator, Lessons
 from .processor import build_processor
 from .vision import align_projector, train_vision
-from .world import FAMILIES
+from .world import FAMILIES, PRACTICE
 
 FLOAT32_ATTENTION = "sdpa_float32"
 
@@ -168,7 +168,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--projector-steps", type=int, default=400)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--families", nargs="+", choices=tuple(FAMILIES), default=tuple(FAMILIES))
+    parser.add_argument("--families", nargs="+", choices=tuple(PRACTICE), default=tuple(PRACTICE))
     parser.add_argument("--per-family", type=int, default=250, help="held-out questions per family at the end")
     parser.add_argument("--snapshot-steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
@@ -198,9 +198,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     save_base(model, processor, partial)
     by_family = measure(partial, options.families, options.per_family)
+    kept = {family: row for family, row in by_family.items() if family in FAMILIES}
     report = {
-        "families": by_family,
-        "overall": sum(row["accuracy"] for row in by_family.values()) / len(by_family),
+        "families": kept,
+        "not_kept": {family: row for family, row in by_family.items() if family not in FAMILIES},
+        "overall": sum(row["accuracy"] for row in kept.values()) / max(1, len(kept)),
         "questions_per_family": options.per_family,
         "vision": seen,
         "arguments": {name: value for name, value in vars(options).items() if name != "out"},

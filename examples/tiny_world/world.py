@@ -287,7 +287,7 @@ def ask_row(scene: Scene, rng: random.Random) -> Asked:
     return f"Describe row {ROWS[row]}.", " , ".join(rows[row])
 
 
-FAMILIES: dict[str, Callable[[Scene, random.Random], Asked]] = {
+PRACTICE: dict[str, Callable[[Scene, random.Random], Asked]] = {
     "exist": ask_exist,
     "object": ask_object,
     "where": ask_where,
@@ -299,13 +299,16 @@ FAMILIES: dict[str, Callable[[Scene, random.Random], Asked]] = {
     "add": ask_add,
     "row": ask_row,
 }
+# Practised, but the shipped base does not get 30 points above always giving the most common answer.
+NOT_KEPT = ("exist", "where", "count", "row")
+FAMILIES = {name: ask for name, ask in PRACTICE.items() if name not in NOT_KEPT}
 
 Turn = tuple[str, str, str]  # question, answer, family
 
 
 def questions(scene: Scene, rng: random.Random, families: Sequence[str] = tuple(FAMILIES)) -> list[Turn]:
     """One question of each family that the scene admits, in random order."""
-    asked = [(family, FAMILIES[family](scene, rng)) for family in families]
+    asked = [(family, PRACTICE[family](scene, rng)) for family in families]
     turns = [(*pair, family) for family, pair in asked if pair is not None]
     rng.shuffle(turns)
     return turns
@@ -329,9 +332,9 @@ class TinyWorld:
         self, split: str, size: int, seed: int = 0, num_turns: int = 3, families: Sequence[str] = tuple(FAMILIES)
     ):
         digit_pool(split)  # raises here, not at the first example, when the split is unknown
-        unknown = set(families) - set(FAMILIES)
+        unknown = set(families) - set(PRACTICE)
         if unknown or not families:
-            raise ValueError(f"families must be some of {tuple(FAMILIES)}, got {tuple(families)}")
+            raise ValueError(f"families must be some of {tuple(PRACTICE)}, got {tuple(families)}")
         self.split, self.size, self.seed = split, size, seed
         self.num_turns, self.families = num_turns, tuple(families)
 
