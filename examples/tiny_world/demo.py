@@ -16,7 +16,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-SHIPPED = Path(__file__).parent / "checkpoint"
+SHIPPED = Path(__file__).resolve().parent / "checkpoint"
 RESULT, ANSWERS, ROUTES_PICTURE, EXAMPLES_PICTURE = "demo.json", "answers.jsonl", "routes.png", "examples.png"
 SCENE, SCENE_FAMILY = "scene.png", "add"  # the picture the README asks about
 

@@ -159,7 +159,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the tiny world's base model from scratch.")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument(
-        "--steps", type=int, nargs="+", default=[2200, 1200], help="optimizer steps of the decoder stage, run by run"
+        "--steps", type=int, nargs="+", default=[2200, 900], help="optimizer steps of the decoder stage, run by run"
     )
     parser.add_argument("--batch-size", type=int, default=24, help="conversations per step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
