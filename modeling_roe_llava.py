@@ -79,13 +79,17 @@ class RoeLinear(nn.Linear):
         return super().forward(hidden_states.to(self.weight.dtype)).to(hidden_states.dtype)
 
 
+class RoeUpProjection(RoeLinear):
+    """Second half of an adapter; told apart because its first values are small."""
+
+
 class RoeAdapter(nn.Module):
     """W_up ReLU(W_down u), the stand-in for a skipped layer (RoE, adapter-based skip connection)."""
 
     def __init__(self, hidden_size: int, adapter_size: int):
         super().__init__()
         self.down_proj = RoeLinear(hidden_size, adapter_size, bias=False)
-        self.up_proj = RoeLinear(adapter_size, hidden_size, bias=False)
+        self.up_proj = RoeUpProjection(adapter_size, hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.up_proj(self.down_proj(hidden_states).relu())
@@ -159,8 +163,8 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
         kept_kwargs = kwargs | {name: take_rows(kwargs.get(name), kept, batch_size) for name in batched}
         visible = take_rows(routing.visible, kept, batch_size)
         out = torch.empty_like(tokens)
-        out = out.index_copy(0, kept, self.full_path(tokens[kept], visible, routing, kept_kwargs, kept))
-        return out.index_copy(0, skipped, self.skip_path(tokens[skipped]))
+        out.index_copy_(0, kept, self.full_path(tokens[kept], visible, routing, kept_kwargs, kept))
+        return out.index_copy_(0, skipped, self.skip_path(tokens[skipped]))
 
     def full_path(self, tokens: Tensor, visible: Tensor | None, routing: Routing, kwargs: dict, kept=None) -> Tensor:
         """The stock layer over ordinary and routing tokens, whose attention is computed apart."""
@@ -226,8 +230,7 @@ class RoeLanguageModel:
         super()._init_weights(module)
         # Only leaves are visited. A fresh adapter starts close to the identity, where gradients still reach both parts.
         if isinstance(module, RoeLinear) and not isinstance(module, RoeRouter):
-            is_up = module.out_features == self.config.hidden_size
-            init.xavier_uniform_(module.weight, gain=0.01 if is_up else 1.0)
+            init.xavier_uniform_(module.weight, gain=0.01 if isinstance(module, RoeUpProjection) else 1.0)
 
     def forward(
         self, *, inputs_embeds: Tensor, routing: Routing | None = None, routing_positions: str = "preceding", **kwargs

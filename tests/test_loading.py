@@ -302,3 +302,9 @@ def test_the_vocabulary_can_grow(model):
     after = model(**tiny.batch())
     assert after.logits.shape[-1] == tiny.VOCAB + 8 and torch.equal(after.routes, PATTERN)
     torch.testing.assert_close(after.logits[..., : tiny.VOCAB], before)
+
+
+def test_fresh_adapters_start_small_whatever_their_width():
+    model = RoeLlavaForConditionalGeneration(tiny.tiny_config(adapter_size=tiny.HIDDEN))
+    adapter = layers_of(model)[0].adapter
+    assert adapter.down_proj.weight.abs().max() > 10 * adapter.up_proj.weight.abs().max() > 0
