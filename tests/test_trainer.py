@@ -263,3 +263,15 @@ def test_accumulated_steps_equal_one_large_batch(tmp_path):
         models.append(model)
     for name, tensor in models[0].state_dict().items():
         torch.testing.assert_close(tensor, models[1].state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_best_checkpoint_comes_back_whole(tmp_path):
+    model = tiny.tiny_model()
+    trainer = trainer_for(model, tmp_path, save_strategy="steps", save_steps=4)
+    trainer.train()
+    last = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-4")
+    trainer._load_best_model()
+    saved = type(model).from_pretrained(tmp_path / "checkpoint-4").state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in saved.items())

@@ -66,7 +66,9 @@ class RoeTrainer(Trainer):
     def create_optimizer(self, model=None):
         """AdamW over the named groups."""
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(self.groups, betas=(self.args.adam_beta1, self.args.adam_beta2))
+            self.optimizer = torch.optim.AdamW(
+                self.groups, betas=(self.args.adam_beta1, self.args.adam_beta2), eps=self.args.adam_epsilon
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -108,6 +110,9 @@ class RoeTrainer(Trainer):
         model = self.model if model is None else model
         saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config)
         model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)  # the stock method fails alike
 
 
 __all__ = ["RoeTrainer", "RoutingScheduleCallback", "parameter_groups"]

@@ -53,7 +53,7 @@ class Conversations(Dataset):
 
 
 def recipe(target: float) -> tuple[StageSchedule, Objective]:
-    """Stages and loss that did best here; CHANGELOG and the shipped training.json have the figures."""
+    """Stages and loss of the shipped parts; results stand in their training.json. Variants were not compared."""
     schedule = StageSchedule(
         target_skip_ratio=target,
         warmup_end=0.3,
