@@ -165,7 +165,9 @@ def check_finite(name: str, tensor: torch.Tensor, source) -> None:
     """Raises: ValueError if a routing part is not of a floating dtype, or holds NaN or Inf."""
     if not tensor.is_floating_point() or tensor.itemsize < 2:
         raise ValueError(f"{name} in {source} is {tensor.dtype}, expected a floating dtype of 16 bits or more")
-    if bad := int((~torch.isfinite(tensor)).sum()):
+    # The extremes are NaN if anything is, and several times faster to find than every NaN.
+    if tensor.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
             f"{name} in {source} holds {bad} NaN or Inf among {tensor.numel()} values, expected finite weights: did "
             "the training diverge, or float16 overflow?"
