@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
+from ..adapter_roe import base_record, fingerprint
 from .source import resolve_source
 from .state_dict import canonical_base, split_routing_parts
 from .weights import Checkpoint, StoredTensor, open_checkpoint
@@ -158,22 +159,6 @@ def base_signatures(checkpoint: Checkpoint, progress: Callable[[int], object] = 
         return {name: hasher.signature(tensor) for name, tensor in tensors.items()}
 
 
-def fingerprint(signatures: dict[str, str]) -> str:
-    """SHA-256 in hex over sorted names and signatures."""
-    lines = "".join(f"{name} {signature}\n" for name, signature in sorted(signatures.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def base_record(signatures: dict[str, str], base_id: str | None, revision: str | None) -> dict:
-    """What an adapter file says about its base."""
-    return {
-        "id": base_id,
-        "revision": revision,
-        "fingerprint": fingerprint(signatures),
-        "tensors": dict(sorted(signatures.items())),
-    }
-
-
 def describe_base(source: str | Path, revision: str | None = None, base_id: str | None = None) -> dict:
     """The record of a base: id, revision, fingerprint, and a signature per tensor.
 
@@ -185,3 +170,14 @@ def describe_base(source: str | Path, revision: str | None = None, base_id: str 
     """
     where = resolve_source(source, revision)
     return base_record(base_signatures(open_checkpoint(where.folder)), base_id or where.id, where.revision)
+
+
+__all__ = [
+    "TensorHasher",
+    "base_kinds",
+    "base_record",
+    "base_signatures",
+    "base_tensors",
+    "describe_base",
+    "fingerprint",
+]

@@ -16,26 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .state_dict import listed
-
-BLOCK_SIZE = 16 * 2**20
-
-# Names safetensors gives to dtypes; tensors of others cannot be stored.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from ..adapter_roe import BLOCK_SIZE, DTYPE_NAMES, DTYPES, listed
 
 
 @dataclass(frozen=True, eq=False)
