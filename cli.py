@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": ("examples.tiny_world.demo", "answer held-out questions with the shipped model, base beside RoE"),
     "extract": ("convert.extract", "take the adapter file back out of a RoE checkpoint"),
     "graft": ("convert.graft", "put trained routing parts onto a LLaVA checkpoint"),
+    "verify": ("convert.verify", "check on real weights that routing changes nothing it should not, and what it saves"),
 }
 
 

@@ -57,6 +57,12 @@ class RoeLlavaConfig(LlavaConfig):
             self.routed_layers = self._checked_layers(self.routed_layers)
 
     @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        """As in Transformers; a stock LLaVA's config is one that leaves the routing fields out, and no mistake."""
+        content, kwargs = super().get_config_dict(*args, **kwargs)
+        return (content | {"model_type": cls.model_type} if content.get("model_type") == "llava" else content), kwargs
+
+    @classmethod
     def from_dict(cls, config_dict, **kwargs):
         # Transformers 5.23 sets options given to `from_pretrained` after `__post_init__` has checked the stored ones.
         given = {name: kwargs.pop(name) for name in ROUTING_FIELDS if name in kwargs}
