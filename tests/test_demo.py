@@ -60,7 +60,7 @@ def test_ceiling_charges_adapters_and_the_rest(skip_ratio, cost, decoder_share, 
 
 
 def test_ceiling_names_the_share_that_is_wrong():
-    with pytest.raises(ValueError, match="adapter_cost must not be negative, got -1.5"):
+    with pytest.raises(ValueError, match="adapter_cost must not be negative"):
         timing.ceiling(0.2, -1.5)
 
 
