@@ -190,7 +190,7 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
         if self.router is None:
             return full
         logits = self.router(self.input_layernorm(states))
-        weights = path_weights(logits, routing.turn_mask.to(logits.device), routing.phase)
+        weights = path_weights(logits, routing.turn_mask.to(logits.device), routing.phase, self.layer_idx)
         routing.logits[self.layer_idx], routing.weights[self.layer_idx] = logits, weights
         # Routing token t moves with turn t; the image token, number 0, with the context.
         own = torch.arange(states.shape[1], device=tokens.device).expand(states.shape[0], -1)

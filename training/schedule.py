@@ -36,6 +36,8 @@ class StageSchedule:
     tick: float = 0.005
     gumbel_end: float = 0.0
 
+    counts_micro_batches = False  # the phase stays for all micro-batches of an optimizer step
+
     def __post_init__(self):
         if not 0.0 <= self.target_skip_ratio <= 0.5:
             raise ValueError(f"target_skip_ratio must lie in [0, 0.5], got {self.target_skip_ratio}")
