@@ -322,9 +322,10 @@ class RoeLlavaPreTrainedModel(LlavaPreTrainedModel):
 
         Raises: ValueError for `use_reentrant=True`, whose gradients would lack what flows through routing tokens.
         """
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        settings = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})  # torch's own default is True
+        if settings["use_reentrant"] is not False:
             raise ValueError("use_reentrant=True loses the gradients of routing tokens: leave it out, or set it False")
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        super().activation_checkpointing_enable(settings, **kwargs)
 
 
 class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):

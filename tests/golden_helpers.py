@@ -95,6 +95,6 @@ def gradients_by_published_name(model):
     found = {name: None if tokens is None else tokens[row : row + 1] for name, row in kinds.items()}
     dummies = {name: torch.zeros(1, 1) for name in kinds}
     for name in weights.keys() - kinds.keys():
-        names = renamed({name: torch.zeros(1, 1), **dummies}).keys() & ours.keys()
-        found |= {name: ours[known] for known in names}
+        for known in renamed({name: torch.zeros(1, 1), **dummies}).keys() & ours.keys():
+            found[name] = ours[known]
     return found

@@ -6,6 +6,7 @@ Where the published code is wrong the last part shows both: what it does, and wh
 
 import copy
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -307,8 +308,8 @@ def test_our_schedule_decays_at_the_same_points():
 # --------------------------------------------------------------------- where the published code is wrong: both sides
 
 
-def row_losses(model, batch, recipe_or_none):
-    """(B,) token losses of a batch under the model's phase, with published or default segments."""
+def row_losses(model, batch):
+    """Outputs and (B,) token losses of a batch."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     with torch.no_grad():
         outputs = model(**inputs)
@@ -341,10 +342,10 @@ def test_a_row_depends_on_the_batch_with_published_positions_and_not_with_ours(p
     model, recipe = trainee("A/s1_t1_b0.2254")
     model.config.routing_positions = positions
     batch = recipe.collator(recorded_batch, model.config)("A")
-    together, losses = row_losses(model, batch, recipe)
+    together, losses = row_losses(model, batch)
     # Rows 0 and 1 without row 2, which has the most turns.
     without = {key: value[:2] for key, value in batch.items()}
-    alone, fewer = row_losses(model, without, recipe)
+    alone, fewer = row_losses(model, without)
     logits = together.turn_router_logits[:2, :2][alone.turn_mask], alone.turn_router_logits[alone.turn_mask]
     if depends:
         assert (losses[:2] - fewer).abs().max() > 1e-4 and (logits[0] - logits[1]).abs().max() > 1e-3
@@ -451,3 +452,10 @@ def test_projector_biases_learn_one_stage_early_when_published_and_with_the_base
     rates = PublishedSchedule(1000).rates_at(400)
     assert rates["projector_biases"] > 0 == rates["projector"] == rates["base"]
     assert not StageSchedule().trains("base", 0.4)
+
+
+def test_every_test_that_the_table_of_differences_names_exists():
+    folder = FOLDER.parent.parent
+    named = set(re.findall(r"`(test_\w+)`", (folder.parent / "docs" / "published_training.md").read_text()))
+    exist = {name for path in folder.glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert len(named) >= 15 and named <= exist, named - exist

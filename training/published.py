@@ -169,10 +169,11 @@ def published_segments(
     if labels is not None:
         differs = moved.any(dim=1) & (turns_of_tokens(segments) != moved.long().argmax(dim=1))
         if differs.any():
+            rows = differs.any(dim=1).nonzero().flatten().tolist()
             logger.warning(
-                f"rows {differs.any(dim=1).nonzero().flatten().tolist()}: {int(differs.sum())} tokens move with another "
-                "turn in the published weight mask than with the latest question, as the model has it; an answer "
-                "meets the end of the image part (or the first 34 tokens of a text-only row) there"
+                f"rows {rows}: {int(differs.sum())} tokens move with another turn in the published weight mask than "
+                "with the latest question, as the model has it; an answer meets the end of the image part there (in a "
+                f"text-only row: of the first {TEXT_ONLY_CONTEXT} tokens)"
             )
     return segments
 
@@ -228,8 +229,8 @@ class PublishedSchedule:
     def __post_init__(self):
         if self.tick < 1:
             raise ValueError(
-                f"the published schedule needs 200 micro-batches or more, got {self.micro_batches}: its decay interval, "
-                "0.5 % of them, would be 0; StageSchedule has no such limit"
+                f"the published schedule needs 200 micro-batches or more, got {self.micro_batches}: its decay "
+                "interval, 0.5 % of them, would be 0; StageSchedule has no such limit"
             )
         if self.accumulation < 1 or self.micro_batches % self.accumulation:
             raise ValueError(
@@ -273,16 +274,18 @@ class PublishedSchedule:
         return RoutingPhase("random" if stage == 0 else "soft", temperature, bias)
 
     def rates_at(self, micro_batch: int, new_rate: float = 4e-4, base_rate: float = 2e-6) -> dict[str, float]:
-        """Learning rate of every published optimizer group during a micro-batch; an update takes the last one's.
+        """Learning rate of every published optimizer group during a micro-batch.
+
+        A rate is set between optimizer steps and, in a frozen group, overwritten with 0 during a micro-batch; so the
+        stage that counts is that of a step's first micro-batch.
 
         Args:
             micro_batch: counted from 0.
             new_rate: peak for routers, adapters and routing tokens.
             base_rate: peak for the rest.
         """
-        steps = self.micro_batches // self.accumulation
-        factor = published_cosine(micro_batch // self.accumulation, steps)
-        stage = self.stage_at(micro_batch)
+        step, steps = micro_batch // self.accumulation, self.micro_batches // self.accumulation
+        factor, stage = published_cosine(step, steps), self.stage_at(step * self.accumulation)
         rates = {name: new_rate if first == 0 else base_rate for name, first in OPTIMIZER_GROUPS.items()}
         return {name: rate * factor * (stage >= OPTIMIZER_GROUPS[name]) for name, rate in rates.items()}
 
@@ -301,6 +304,10 @@ class PublishedSchedule:
     def trains(self, group: str, progress: float) -> bool:
         """As `StageSchedule.trains`: the base in stage 2, the rest always (in stage 0 routers have no gradient)."""
         return group != "base" or self.stage(progress) == 2
+
+    def rate_factor(self, group: str, step: int, steps: int) -> float:
+        """As `StageSchedule.rate_factor`."""
+        return published_cosine(step, steps) * self.trains(group, step / steps)
 
 
 def published_cosine(step: int, steps: int) -> float:

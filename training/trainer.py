@@ -6,7 +6,7 @@ from transformers import Trainer, TrainerCallback
 
 from .objective import Objective, hard_skip_ratio
 from .published import PublishedSchedule
-from .schedule import StageSchedule, cosine_with_warmup
+from .schedule import StageSchedule
 
 GROUPS = ("adapter", "router", "routing_tokens", "base")
 
@@ -89,18 +89,14 @@ class RoeTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Cosine with warm-up; 0 for a group that does not train at its stage."""
+        """The schedule's share of every group's rate."""
         if self.lr_scheduler is None:
 
-            def multiplier(group):
-                def at(step):
-                    progress = min(step / num_training_steps, 1.0)
-                    return cosine_with_warmup(progress) * self.schedule.trains(group, progress)
-
-                return at
+            def factor_of(group):
+                return lambda step: self.schedule.rate_factor(group, step, num_training_steps)
 
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = LambdaLR(optimizer, [multiplier(group["name"]) for group in self.groups])
+            self.lr_scheduler = LambdaLR(optimizer, [factor_of(group["name"]) for group in self.groups])
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
