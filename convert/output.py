@@ -70,8 +70,8 @@ def no_room(error: OSError, target: Path) -> OSError:
     free = shutil.disk_usage(target.parent).free
     return OSError(
         error.errno,
-        f"{os.strerror(error.errno)} while writing {target}: {free / 1e9:.2f} GB are free there now. What was written is "
-        "removed again, and nothing else was changed",
+        f"{os.strerror(error.errno)} while writing {target}: {free / 1e9:.2f} GB are free there now. What was written "
+        "is removed again, and nothing else was changed",
     )
 
 
