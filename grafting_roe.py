@@ -107,7 +107,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
         check_fits(info.sizes, RoutingSizes.of_config(whole), "the adapter", base)
         if check_base and (kwargs.get("quantization_config") or config.get("quantization_config")):
             raise ValueError(quantised_message(base))
-        with no_report_of_missing_parts():
+        with no_warning_of_missing_parts():
             model, report = cls._load(base, **options, **info.routing_fields)
         if sorted(report["missing_keys"]) != sorted(routing_shapes(info.sizes)):
             raise ValueError(f"{base} holds routing tensors already, expected the weights of a base alone")
@@ -160,7 +160,8 @@ def fetch_adapter(source, revision: str | None) -> Adapter:
             folder = Path(cached_files(str(source), [ABOUT_NAME, WEIGHTS_NAME], revision=revision)[0]).parent
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{source} is no folder here and no adapter on the Hub: {reason}") from error
+            where = f"{source} (revision {revision})" if revision else source
+            raise ValueError(f"{where} is no folder here and cannot be had from the Hub: {reason}") from error
     if not (folder / ABOUT_NAME).is_file():
         raise ValueError(
             f"{folder} has no {ABOUT_NAME}: is it an adapter folder? A whole RoE checkpoint opens with "
@@ -280,7 +281,10 @@ def dtype_hint(kinds: dict[str, str], recorded: dict[str, str]) -> str:
 
 
 def provenance(config, info: AdapterInfo, was_checked: bool) -> dict:
-    """Where the weights come from, as a grafted folder's config says; an unchecked base has no fingerprint."""
+    """Where the weights come from, as a grafted folder's config says.
+
+    A base that was not checked is the one named before; if there is none, it has no fingerprint.
+    """
     known = (getattr(config, "roe_provenance", None) or {}).get("base")
     if was_checked:
         known = {name: info.base.get(name) for name in ("id", "revision", "fingerprint")}
@@ -368,20 +372,30 @@ def routing_modules(language_model):
         yield f"layers.{index}", "adapter", layer.adapter
 
 
+# What Transformers says of a stock checkpoint opened by this class; its report only where nothing else is amiss.
+EXPECTED_WARNINGS = {
+    "transformers.modeling_utils": ("LOAD REPORT", ("UNEXPECTED", "MISMATCH", "CONVERSION")),
+    "transformers.configuration_utils": ("of type `llava` to instantiate a model of type `roe_llava`", ()),
+}
+
+
 @contextmanager
-def no_report_of_missing_parts():
-    """Keep Transformers from reporting that routing parts are new, which is so until the adapter's take their place."""
+def no_warning_of_missing_parts():
+    """Keep Transformers from warning that routing parts are new, which is so until the adapter's take their place."""
+    filters = {}
+    for name, (expected, amiss) in EXPECTED_WARNINGS.items():
 
-    def tells_more(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return "LOAD REPORT" not in text or any(word in text for word in ("UNEXPECTED", "MISMATCH", "CONVERSION"))
+        def tells_more(record: logging.LogRecord, expected=expected, amiss=amiss) -> bool:
+            text = record.getMessage()
+            return expected not in text or any(word in text for word in amiss)
 
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(tells_more)
+        filters[name] = tells_more
+        logging.getLogger(name).addFilter(tells_more)
     try:
         yield
     finally:
-        logger.removeFilter(tells_more)
+        for name, tells_more in filters.items():
+            logging.getLogger(name).removeFilter(tells_more)
 
 
 __all__ = ["RoeGraftingMixin"]
