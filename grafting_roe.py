@@ -26,6 +26,7 @@ from .adapter_roe import (
     check_finite,
     check_fits,
     difference,
+    is_unread,
     listed,
     read_adapter,
     record_name,
@@ -37,6 +38,7 @@ from .adapter_roe import (
 from .configuration_roe import ROUTING_FIELDS
 from .loading_roe import RoeLoadingMixin, source_config
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 WRITE_A_FOLDER = "write the model into a folder (roe-llava graft BASE ADAPTER OUT) and load that with the same options"
 
 
@@ -59,11 +61,12 @@ class RoeGraftingMixin(RoeLoadingMixin):
                 once. Not possible for a quantised base, or one loaded in another dtype than the adapter was trained on.
             revision: of the adapter on the Hub.
             base_revision: of the base on the Hub.
-            kwargs: for a folder or Hub id: options of `from_pretrained` (`device_map`, `dtype`, ...).
+            kwargs: for a folder or Hub id: options of `from_pretrained` (`device_map`, `dtype`, ...); what says how to
+                reach the Hub (`token`, `cache_dir`, ...) serves the adapter too.
         Raises: ValueError if the base is not the one that the adapter was trained on, if the adapter is damaged, or if
             the base is spread out, offloaded or quantised in a way that parts cannot be put onto it.
         """
-        taken = fetch_adapter(adapter, revision)
+        taken = fetch_adapter(adapter, revision, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs})
         if isinstance(base, str | PathLike):
             model = cls._load_base(base, taken.info, base_revision, check_base, kwargs)
         elif kwargs or base_revision is not None:
@@ -147,8 +150,8 @@ class RoeGraftingMixin(RoeLoadingMixin):
 # ----------------------------------------------------------------------------------------------------- what is given
 
 
-def fetch_adapter(source, revision: str | None) -> Adapter:
-    """An adapter file from a folder, or from the Hub or its cache.
+def fetch_adapter(source, revision: str | None, hub_options: dict | None = None) -> Adapter:
+    """An adapter file from a folder, or from the Hub or its cache; `hub_options` are some of `HUB_OPTIONS`.
 
     Raises: ValueError if there is none, or it is damaged.
     """
@@ -157,7 +160,8 @@ def fetch_adapter(source, revision: str | None) -> Adapter:
         raise ValueError(f"revision {revision!r} given with the folder {folder}: only a Hub id has revisions")
     if not folder.is_dir():
         try:
-            folder = Path(cached_files(str(source), [ABOUT_NAME, WEIGHTS_NAME], revision=revision)[0]).parent
+            files = cached_files(str(source), [ABOUT_NAME, WEIGHTS_NAME], revision=revision, **(hub_options or {}))
+            folder = Path(files[0]).parent
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             where = f"{source} (revision {revision})" if revision else source
@@ -263,6 +267,7 @@ def check_same_base(model, info: AdapterInfo, name: str) -> None:
 def loaded_base_tensors(model, recorded: dict) -> dict[str, torch.Tensor]:
     """The base's tensors of a loaded model by name; of tied ones, the name that `recorded` has."""
     tensors = split_routing_parts(model.state_dict())[0]
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_unread(name)}
     for alias, source in model.all_tied_weights_keys.items():
         if alias not in recorded:
             tensors.pop(alias, None)
