@@ -227,7 +227,7 @@ def test_no_warning_says_that_parts_are_untrained(base, adapter, caplog, monkeyp
 
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(loading_roe.logger, "warning", lambda text: pytest.fail(text))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="transformers"):
         from_base(base, adapter)
         assert not caplog.text
         # The same folder through from_pretrained is reported, so the silence above means something.
