@@ -42,12 +42,23 @@ ROE_KEYS = {
     ),
 }
 
+# Buffers that old checkpoints carry and no current model reads: copied with their shard, left out of comparisons.
+UNREAD_BASE_KEYS = {
+    r".*\.rotary_emb\.inv_freq": "rotary frequencies are computed from the config",
+    r".*\.embeddings\.position_ids": "positions are counted, not stored",
+}
+
 
 def renamed(name: str, table: dict[str, str]) -> str | None:
     """The new name by the one pattern that matches all of `name`; `None` if none does."""
     found = [re.sub(pattern, new, name) for pattern, new in table.items() if re.fullmatch(pattern, name)]
     assert len(found) <= 1, f"{name} is renamed twice: {found}"
     return found[0] if found else None
+
+
+def is_unread(name: str) -> bool:
+    """Whether a base tensor is one that no current model reads."""
+    return any(re.fullmatch(pattern, name) for pattern in UNREAD_BASE_KEYS)
 
 
 def split_routing_parts(entries: dict) -> tuple[dict, dict]:

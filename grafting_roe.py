@@ -26,6 +26,7 @@ from .adapter_roe import (
     check_finite,
     check_fits,
     difference,
+    is_unread,
     listed,
     read_adapter,
     record_name,
@@ -37,6 +38,7 @@ from .adapter_roe import (
 from .configuration_roe import ROUTING_FIELDS
 from .loading_roe import RoeLoadingMixin, source_config
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 WRITE_A_FOLDER = "write the model into a folder (roe-llava graft BASE ADAPTER OUT) and load that with the same options"
 
 
@@ -59,11 +61,12 @@ class RoeGraftingMixin(RoeLoadingMixin):
                 once. Not possible for a quantised base, or one loaded in another dtype than the adapter was trained on.
             revision: of the adapter on the Hub.
             base_revision: of the base on the Hub.
-            kwargs: for a folder or Hub id: options of `from_pretrained` (`device_map`, `dtype`, ...).
+            kwargs: for a folder or Hub id: options of `from_pretrained` (`device_map`, `dtype`, ...); what says how to
+                reach the Hub (`token`, `cache_dir`, ...) serves the adapter too.
         Raises: ValueError if the base is not the one that the adapter was trained on, if the adapter is damaged, or if
             the base is spread out, offloaded or quantised in a way that parts cannot be put onto it.
         """
-        taken = fetch_adapter(adapter, revision)
+        taken = fetch_adapter(adapter, revision, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs})
         if isinstance(base, str | PathLike):
             model = cls._load_base(base, taken.info, base_revision, check_base, kwargs)
         elif kwargs or base_revision is not None:
@@ -107,7 +110,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
         check_fits(info.sizes, RoutingSizes.of_config(whole), "the adapter", base)
         if check_base and (kwargs.get("quantization_config") or config.get("quantization_config")):
             raise ValueError(quantised_message(base))
-        with no_report_of_missing_parts():
+        with no_warning_of_missing_parts():
             model, report = cls._load(base, **options, **info.routing_fields)
         if sorted(report["missing_keys"]) != sorted(routing_shapes(info.sizes)):
             raise ValueError(f"{base} holds routing tensors already, expected the weights of a base alone")
@@ -147,8 +150,8 @@ class RoeGraftingMixin(RoeLoadingMixin):
 # ----------------------------------------------------------------------------------------------------- what is given
 
 
-def fetch_adapter(source, revision: str | None) -> Adapter:
-    """An adapter file from a folder, or from the Hub or its cache.
+def fetch_adapter(source, revision: str | None, hub_options: dict | None = None) -> Adapter:
+    """An adapter file from a folder, or from the Hub or its cache; `hub_options` are some of `HUB_OPTIONS`.
 
     Raises: ValueError if there is none, or it is damaged.
     """
@@ -157,10 +160,12 @@ def fetch_adapter(source, revision: str | None) -> Adapter:
         raise ValueError(f"revision {revision!r} given with the folder {folder}: only a Hub id has revisions")
     if not folder.is_dir():
         try:
-            folder = Path(cached_files(str(source), [ABOUT_NAME, WEIGHTS_NAME], revision=revision)[0]).parent
+            files = cached_files(str(source), [ABOUT_NAME, WEIGHTS_NAME], revision=revision, **(hub_options or {}))
+            folder = Path(files[0]).parent
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{source} is no folder here and no adapter on the Hub: {reason}") from error
+            where = f"{source} (revision {revision})" if revision else source
+            raise ValueError(f"{where} is no folder here and cannot be had from the Hub: {reason}") from error
     if not (folder / ABOUT_NAME).is_file():
         raise ValueError(
             f"{folder} has no {ABOUT_NAME}: is it an adapter folder? A whole RoE checkpoint opens with "
@@ -262,6 +267,7 @@ def check_same_base(model, info: AdapterInfo, name: str) -> None:
 def loaded_base_tensors(model, recorded: dict) -> dict[str, torch.Tensor]:
     """The base's tensors of a loaded model by name; of tied ones, the name that `recorded` has."""
     tensors = split_routing_parts(model.state_dict())[0]
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_unread(name)}
     for alias, source in model.all_tied_weights_keys.items():
         if alias not in recorded:
             tensors.pop(alias, None)
@@ -280,7 +286,10 @@ def dtype_hint(kinds: dict[str, str], recorded: dict[str, str]) -> str:
 
 
 def provenance(config, info: AdapterInfo, was_checked: bool) -> dict:
-    """Where the weights come from, as a grafted folder's config says; an unchecked base has no fingerprint."""
+    """Where the weights come from, as a grafted folder's config says.
+
+    A base that was not checked is the one named before; if there is none, it has no fingerprint.
+    """
     known = (getattr(config, "roe_provenance", None) or {}).get("base")
     if was_checked:
         known = {name: info.base.get(name) for name in ("id", "revision", "fingerprint")}
@@ -369,20 +378,30 @@ def routing_modules(language_model):
         yield f"layers.{index}", "adapter", layer.adapter
 
 
+# What Transformers says of a stock checkpoint opened by this class; its report only where nothing else is amiss.
+EXPECTED_WARNINGS = {
+    "transformers.modeling_utils": ("LOAD REPORT", ("UNEXPECTED", "MISMATCH", "CONVERSION")),
+    "transformers.configuration_utils": ("of type `llava` to instantiate a model of type `roe_llava`", ()),
+}
+
+
 @contextmanager
-def no_report_of_missing_parts():
-    """Keep Transformers from reporting that routing parts are new, which is so until the adapter's take their place."""
+def no_warning_of_missing_parts():
+    """Keep Transformers from warning that routing parts are new, which is so until the adapter's take their place."""
+    filters = {}
+    for name, (expected, amiss) in EXPECTED_WARNINGS.items():
 
-    def tells_more(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return "LOAD REPORT" not in text or any(word in text for word in ("UNEXPECTED", "MISMATCH", "CONVERSION"))
+        def tells_more(record: logging.LogRecord, expected=expected, amiss=amiss) -> bool:
+            text = record.getMessage()
+            return expected not in text or any(word in text for word in amiss)
 
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(tells_more)
+        filters[name] = tells_more
+        logging.getLogger(name).addFilter(tells_more)
     try:
         yield
     finally:
-        logger.removeFilter(tells_more)
+        for name, tells_more in filters.items():
+            logging.getLogger(name).removeFilter(tells_more)
 
 
 __all__ = ["RoeGraftingMixin"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -50,9 +51,10 @@ def world(tmp_path_factory):
 
 
 def run_fresh(world: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run a script in a process without the package, with its own code cache and no network."""
+    """Run a script in a process without the package, with its own caches and no network."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment = kept | {"HF_MODULES_CACHE": str(world / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    caches = {"HF_MODULES_CACHE": str(world / "modules"), "HF_HUB_CACHE": str(world / "hub")}
+    environment = kept | caches | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", NO_PACKAGE + textwrap.dedent(script), *arguments]
     return subprocess.run(
         command, cwd=world, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
@@ -137,6 +139,58 @@ def test_no_trust_or_a_lost_shard_opens_nothing(world):
     (lost / "model.safetensors").write_bytes((world / "grafted" / "model-base.safetensors").read_bytes())
     done = run_fresh(world, OPEN_WITHOUT_TRUST)
     assert done.stdout.endswith("refused\n"), done.stderr
+
+
+ADAPTERS_ONTO_A_BASE = """
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel, LlavaForConditionalGeneration
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    expected = load_file("expected.safetensors")
+    logits, tokens = expected.pop("logits"), expected.pop("tokens")
+    code, trust = "modeling_roe_llava.RoeLlavaForConditionalGeneration", {"trust_remote_code": True}
+
+    def answers(model):
+        with torch.no_grad():
+            assert torch.equal(model(**expected).logits, logits)
+        assert torch.equal(model.generate(**expected, max_new_tokens=4, do_sample=False), tokens)
+
+    # The code of any saved folder, a loaded base, its folder, a base and an adapter in the Hub's cache.
+    roe = get_class_from_dynamic_module(code, "grafted")
+    answers(roe.from_base(LlavaForConditionalGeneration.from_pretrained("base"), "adapter"))
+    answers(roe.from_base("base", "adapter"))
+    answers(roe.from_base("tiny/base", "tiny/adapter"))
+    model = roe.from_base("tiny/base", "tiny/adapter", revision="main", base_revision="main")
+    answers(model)
+    model.save_pretrained("made")
+    model = AutoModel.from_pretrained("made", **trust)
+    answers(model)
+    answers(model.load_routing("tiny/adapter"))
+    for wrong in ({"revision": "other"}, {"base_revision": "other"}, {"cache_dir": "empty"}):
+        try:
+            roe.from_base("tiny/base", "tiny/adapter", **wrong)
+        except (ValueError, OSError) as error:
+            assert "base_revision" in wrong or "tiny/adapter" in str(error), error
+        else:
+            raise AssertionError("a revision that is not there was taken")
+    assert not [name for name in sys.modules if name.partition(".")[0] == "roe_llava"]
+    print("answered")
+"""
+
+
+def test_adapters_go_onto_bases_without_the_package_offline(world):
+    for name in ("base", "adapter"):
+        commit = "0123456789" * 4
+        repo = world / "hub" / f"models--tiny--{name}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(commit)
+        shutil.copytree(world / name, repo / "snapshots" / commit)
+    done = run_fresh(world, ADAPTERS_ONTO_A_BASE)
+    assert done.stdout.endswith("answered\n"), done.stderr
+    assert "untrained" not in done.stderr and "MISSING" not in done.stderr
+    provenance = json.loads((world / "made" / "config.json").read_text())["roe_provenance"]
+    assert provenance == json.loads((world / "grafted" / "config.json").read_text())["roe_provenance"]
 
 
 def load_weights(folder: Path) -> dict:
