@@ -378,30 +378,20 @@ def routing_modules(language_model):
         yield f"layers.{index}", "adapter", layer.adapter
 
 
-# What Transformers says of a stock checkpoint opened by this class; its report only where nothing else is amiss.
-EXPECTED_WARNINGS = {
-    "transformers.modeling_utils": ("LOAD REPORT", ("UNEXPECTED", "MISMATCH", "CONVERSION")),
-    "transformers.configuration_utils": ("of type `llava` to instantiate a model of type `roe_llava`", ()),
-}
-
-
 @contextmanager
 def no_warning_of_missing_parts():
-    """Keep Transformers from warning that routing parts are new, which is so until the adapter's take their place."""
-    filters = {}
-    for name, (expected, amiss) in EXPECTED_WARNINGS.items():
+    """Keep Transformers from reporting that routing parts are new, which is so until the adapter's take their place."""
 
-        def tells_more(record: logging.LogRecord, expected=expected, amiss=amiss) -> bool:
-            text = record.getMessage()
-            return expected not in text or any(word in text for word in amiss)
+    def tells_more(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or any(word in text for word in ("UNEXPECTED", "MISMATCH", "CONVERSION"))
 
-        filters[name] = tells_more
-        logging.getLogger(name).addFilter(tells_more)
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(tells_more)
     try:
         yield
     finally:
-        for name, tells_more in filters.items():
-            logging.getLogger(name).removeFilter(tells_more)
+        logger.removeFilter(tells_more)
 
 
 __all__ = ["RoeGraftingMixin"]

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from ..benchmarks.environment import describe_machine
 from ..benchmarks.timing import compare_times
-from ..grafting_roe import no_report_of_missing_parts
+from ..grafting_roe import no_warning_of_missing_parts
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from .adapter_file import ABOUT_NAME
 from .fingerprint import base_signatures, base_tensors, fingerprint
@@ -168,7 +168,7 @@ def load_roe(base: Source, roe: Source | None, stock, dtype: str, device: str):
         return RoeLlavaForConditionalGeneration.from_base(stock, roe.folder, check_base=False)
     if roe is not None:
         return RoeLlavaForConditionalGeneration.from_pretrained(roe.folder, dtype=dtype).to(device).eval()
-    with no_report_of_missing_parts():
+    with no_warning_of_missing_parts():
         model, _ = RoeLlavaForConditionalGeneration._load(base.folder, dtype=dtype)
     return model.to(device).eval()
 
