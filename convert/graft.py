@@ -9,50 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..configuration_roe import RoeLlavaConfig
+from .arguments import add_common_arguments, common_options
 from .fingerprint import TensorHasher, base_kinds, base_signatures, base_tensors, fingerprint
 from .folder_files import Companions, find_companions, grafted_config, read_base_config, write_code, write_companions
 from .output import check_target, new_folder, write_json
 from .routing_parts import RoutingParts, byte_progress, check_same_base, expected_base, open_routing_parts
 from .source import Source, resolve_source
 from .state_dict import RoutingSizes, check_fits, listed, split_routing_parts, text_prefix, to_disk_names
+from .summary import Summary
 from .weights import Checkpoint, StoredTensors, open_checkpoint
 
 # Sorts behind the usual names of base files, so that a dtype read off the first file is the base's.
 ROE_FILE = "model-roe.safetensors"
-
-
-@dataclass
-class Summary:
-    """What a graft did, or would do.
-
-    Attributes:
-        kept, kept_bytes: the base's tensors.
-        added, added_bytes: routing parts.
-        dropped: what was left behind, name to reason.
-        fingerprint: of the base.
-        out: the folder.
-        written: `False` after a dry run.
-    """
-
-    kept: int
-    kept_bytes: int
-    added: int
-    added_bytes: int
-    dropped: dict[str, str]
-    fingerprint: str
-    out: Path
-    written: bool
-
-    def __str__(self) -> str:
-        lines = [
-            f"{'wrote' if self.written else 'dry run, nothing written to'} {self.out}",
-            f"  kept     {self.kept} tensors of the base, {self.kept_bytes / 1e6:,.1f} MB, byte for byte",
-            f"  added    {self.added} routing tensors, {self.added_bytes / 1e6:,.1f} MB",
-            f"  dropped  {len(self.dropped)}",
-            *(f"           {name}: {reason}" for name, reason in self.dropped.items()),
-            f"  base     {self.fingerprint}",
-        ]
-        return "\n".join(lines)
 
 
 @dataclass
@@ -256,21 +224,10 @@ def add_arguments(parser) -> None:
     parser.add_argument("base", metavar="BASE", help="llava-hf checkpoint: a folder or a Hub id")
     parser.add_argument("roe", metavar="ROE", help="adapter folder, or a RoE checkpoint made on the same base")
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--revision", help="revision of BASE on the Hub")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is whole")
-    parser.add_argument("--dry-run", action="store_true", help="read and check everything, write nothing")
+    add_common_arguments(parser, source="BASE")
     parser.add_argument("--any-base", action="store_true", help="do not check that ROE was trained on BASE")
 
 
 def run(args) -> None:
     """Run the command."""
-    summary = graft(
-        args.base,
-        args.roe,
-        args.out,
-        overwrite=args.overwrite,
-        check_base=not args.any_base,
-        dry_run=args.dry_run,
-        revision=args.revision,
-    )
-    print(summary)
+    print(graft(args.base, args.roe, args.out, check_base=not args.any_base, **common_options(args)))
