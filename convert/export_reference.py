@@ -4,10 +4,11 @@ What was imported comes back byte for byte: the vocabulary is cut to its old siz
 What the published code cannot express is refused; what its inference does otherwise is said.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig
+from transformers import CLIPImageProcessorPil
 
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
@@ -297,9 +298,10 @@ def write_companions(plan: Plan, folder: Path) -> None:
     if (plan.source.folder / TOKENIZER_FOLDER).is_dir():
         copy_tokenizer_files(plan.source.folder / TOKENIZER_FOLDER, folder)
     tower = folder / TOWER_FOLDER
-    vision = CLIPVisionConfig(**plan.config["vision_config"]).to_dict() | {"architectures": ["CLIPVisionModel"]}
-    write_json(tower / "config.json", vision)
-    write_json(tower / "preprocessor_config.json", preprocessor_config(plan.source.folder, vision["image_size"]))
+    vision = RoeLlavaConfig.from_dict(plan.config).vision_config
+    content = {"architectures": ["CLIPVisionModel"], "model_type": vision.model_type}
+    write_json(tower / "config.json", json.loads(vision.to_json_string()) | content)
+    write_json(tower / "preprocessor_config.json", preprocessor_config(plan.source.folder, vision.image_size))
 
 
 def generation_settings(plan: Plan) -> dict:

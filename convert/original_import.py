@@ -117,7 +117,7 @@ def plan_import(source: Source, routed: bool, vision_tower: str | Path | None) -
     tokenizer = open_tokenizer(source.folder)
     tokens = add_special_tokens(tokenizer, flat["vocab_size"], source.folder)
     padded = pad_vocabulary(layout, tokens)
-    dtype = DTYPES.get(checkpoint.tensors["model.embed_tokens.weight"].dtype, "float32")
+    dtype = DTYPES.get(next(iter(checkpoint.tensors.values())).dtype, "float32")
     config = llava_config(flat, tower.config, tokens, dtype, provenance(source, flat, layout, tower, tokens))
     if routed:
         config = routed_config(config, layout, source)

@@ -143,7 +143,10 @@ def adapter_size(layout: Layout) -> int:
             f"model.layers.0.adapter_MHA.conv_A.weight is missing among {len(layout.routing)} routing tensors: was a "
             "shard lost?"
         )
-    return layout.routing[name].shape[0]
+    tensor = layout.routing[name]
+    if len(tensor.shape) != 2:
+        raise ValueError(f"{tensor.name} in {tensor.file} is {tensor.kind}, expected [adapter width, hidden size]")
+    return tensor.shape[0]
 
 
 # ---------------------------------------- completeness

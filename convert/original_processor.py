@@ -15,6 +15,7 @@ from transformers.utils import is_torchvision_available
 
 from ..configuration_roe import RoeLlavaConfig
 from ..processing_roe import RoeLlavaProcessor
+from .output import write_json
 from .source import read_json
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
@@ -101,6 +102,8 @@ def open_tokenizer(folder: Path):
         return None
     with tempfile.TemporaryDirectory() as alone:  # config.json of the original layout says nothing to Transformers
         copy_tokenizer_files(folder, Path(alone))
+        settings = tokenizer_settings(folder)
+        write_json(Path(alone) / "tokenizer_config.json", settings)
         try:
             tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False)
         except Exception as error:  # whatever the libraries below make of a damaged file
@@ -109,7 +112,20 @@ def open_tokenizer(folder: Path):
                 f"the tokenizer in {folder} cannot be read: {reason} (tokenizer.model needs the packages sentencepiece "
                 "and protobuf)"
             ) from error
+    if settings.get("add_bos_token") and tokenizer.is_fast:  # read from tokenizer.json alone where there is one
+        tokenizer.add_bos_token = True
     return tokenizer
+
+
+def tokenizer_settings(folder: Path) -> dict:
+    """tokenizer_config.json with what Transformers 4.31 took for granted and 5.23 does not: Llama's start token."""
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    if (folder / "tokenizer.model").is_file():
+        settings.setdefault("tokenizer_class", "LlamaTokenizer")
+    if settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        settings.setdefault("add_bos_token", True)
+    return settings
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
