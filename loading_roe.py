@@ -37,25 +37,38 @@ class RoeLoadingMixin:
             allow_untrained: initialise missing routing parts of a RoE checkpoint too (to start training from it).
         Raises: ValueError naming the missing tensors.
         """
+        model, info = cls._load(source, *args, allow_untrained=allow_untrained, **kwargs)
+        if info["missing_keys"]:
+            num_new = sum(is_roe_parameter(name) for name in model.state_dict())
+            logger.warning(
+                f"{len(info['missing_keys'])} of the {num_new} routing tensors (routers, adapters, tokens) are not in "
+                f"{source} and start untrained: train them, graft trained ones onto the checkpoint (from_base), or pin "
+                "routes=."
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load(cls, source, *args, allow_untrained=False, **kwargs):
+        """(model, loading info) of a checkpoint that lacks nothing but routing parts, and those only where it may.
+
+        Raises: ValueError naming the missing tensors.
+        """
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         new = sorted(name for name in model.state_dict() if is_roe_parameter(name))
         if missing:
-            is_stock = missing == new and source_model_type(source, kwargs) != cls.config_class.model_type
+            own_type = source_config(source, kwargs).get("model_type")
+            is_stock = missing == new and own_type != cls.config_class.model_type
             if not set(missing) <= set(new) or not (is_stock or allow_untrained):
                 raise ValueError(missing_weights_message(source, missing, len(new)))
-            logger.warning(
-                f"{len(missing)} of the {len(new)} routing tensors (routers, adapters, tokens) are not in {source}"
-                " and start untrained: train them, graft trained ones onto the checkpoint, or pin routes=."
-            )
         model.config.model_type = cls.config_class.model_type  # a stock config keeps its own name on the instance
-        return (model, info) if output_loading_info else model
+        return model, info
 
 
-def source_model_type(source, kwargs: dict) -> str | None:
-    """`model_type` in a checkpoint's own config.json, whatever config the caller loads it with."""
+def source_config(source, kwargs: dict) -> dict:
+    """What a checkpoint's own config.json says, whatever config the caller loads it with."""
     where = ("cache_dir", "revision", "token", "subfolder", "local_files_only", "proxies")
-    return PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in where if k in kwargs})[0].get("model_type")
+    return PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in where if k in kwargs})[0]
 
 
 def is_roe_parameter(name: str) -> bool:
@@ -81,4 +94,4 @@ def register_names(head: type, base: type) -> None:
         register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping(source), overwrite=True)
 
 
-__all__ = ["AUTO_MAP", "RoeLoadingMixin", "is_roe_parameter", "register_names"]
+__all__ = ["AUTO_MAP", "RoeLoadingMixin", "is_roe_parameter", "register_names", "source_config"]

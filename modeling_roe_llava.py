@@ -32,7 +32,8 @@ from transformers.utils.generic import can_return_tuple
 from .cache_roe import LayerRows, RoeCache
 from .configuration_roe import RoeLlavaConfig
 from .generation_roe import RoeGenerationMixin, check_holds_routes
-from .loading_roe import RoeLoadingMixin, register_names
+from .grafting_roe import RoeGraftingMixin
+from .loading_roe import register_names
 from .routing_roe import (
     RoutedAttentionConfig,
     Routing,
@@ -182,6 +183,8 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
 
     def skip_path(self, tokens: Tensor) -> Tensor:
         """S(x) = x + adapter(norm(x))."""
+        if self.adapter is None:
+            raise ValueError(f"layer {self.layer_idx} has no adapter, but a route from before load_routing skips it")
         return tokens + self.adapter(self.input_layernorm(tokens))
 
     def mixed(self, tokens: Tensor, states: Tensor, routing: Routing, kwargs: dict) -> Tensor:
@@ -422,11 +425,12 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
 
 
 class RoeLlavaForConditionalGeneration(
-    RoeGenerationMixin, RoeLoadingMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration
+    RoeGenerationMixin, RoeGraftingMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration
 ):
     """LLaVA that decides per example which decoder layers to run.
 
-    Used like `LlavaForConditionalGeneration`; `forward` and `generate` take three arguments more.
+    Used like `LlavaForConditionalGeneration`; `forward` and `generate` take three arguments more. Routing parts go
+    onto a base with `from_base`, and are replaced with `load_routing`.
     """
 
     # The loss is a mean over examples, so accumulation steps have to be divided by, as Trainer does when told so.

@@ -5,82 +5,30 @@ base; `roe_adapter.json` holds sizes, routing fields, a summary of the training 
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from ..adapter_roe import (
+    ABOUT_NAME,
+    FORMAT_VERSION,
+    WEIGHTS_NAME,
+    Adapter,
+    AdapterInfo,
+    RoutingSizes,
+    check_finite,
+    check_routing_parts,
+    named_parts,
+    read_adapter,
+    read_info,
+)
 from .fingerprint import describe_base
 from .keys import ROE_KEYS, renamed
 from .output import new_folder, write_json
-from .source import read_json
-from .state_dict import RoutingSizes, check_routing_parts, listed, to_disk_names
+from .state_dict import to_disk_names
 from .weights import SafetensorsFile, StoredTensor
-
-FORMAT_VERSION = 1
-WEIGHTS_NAME = "roe_adapter.safetensors"
-ABOUT_NAME = "roe_adapter.json"
-
-# Fields of `RoeLlavaConfig` that an adapter brings along.
-ROUTING_FIELDS = ("adapter_size", "routed_layers", "routing_positions", "routing_question", "target_skip_ratio")
-
-
-@dataclass
-class AdapterInfo:
-    """What `roe_adapter.json` says.
-
-    Attributes:
-        text_model_type, num_hidden_layers, hidden_size: of the language model it was trained on.
-        adapter_size, routed_layers, routing_positions, routing_question, target_skip_ratio: as in `RoeLlavaConfig`.
-        training: summary of the training, free of form.
-        base: `{"id", "revision", "fingerprint", "tensors"}` as `describe_base` makes it; `None` if it is not known.
-        format_version: of the file.
-    """
-
-    text_model_type: str
-    num_hidden_layers: int
-    hidden_size: int
-    adapter_size: int
-    routed_layers: list[int] | None
-    routing_positions: str
-    routing_question: str
-    target_skip_ratio: float
-    training: dict = field(default_factory=dict)
-    base: dict | None = None
-    format_version: int = FORMAT_VERSION
-
-    @classmethod
-    def of_config(cls, config, training: dict | None = None, base: dict | None = None) -> "AdapterInfo":
-        """From a `RoeLlavaConfig`."""
-        text = config.text_config
-        sizes = (text.model_type, text.num_hidden_layers, text.hidden_size)
-        return cls(
-            *sizes, **{name: getattr(config, name) for name in ROUTING_FIELDS}, training=training or {}, base=base
-        )
-
-    @property
-    def sizes(self) -> RoutingSizes:
-        names = [one.name for one in fields(RoutingSizes)]
-        return RoutingSizes(**{name: getattr(self, name) for name in names})
-
-    @property
-    def routing_fields(self) -> dict:
-        """What a config needs beside the base's fields."""
-        return {name: getattr(self, name) for name in ROUTING_FIELDS}
-
-
-@dataclass
-class Adapter:
-    """An adapter file in memory.
-
-    Attributes:
-        info: what it says.
-        tensors: name in the model's memory to tensor; `model.load_state_dict(tensors, strict=False)` takes them.
-    """
-
-    info: AdapterInfo
-    tensors: dict[str, torch.Tensor]
 
 
 def save_adapter(
@@ -120,16 +68,6 @@ def save_adapter(
     return Path(folder)
 
 
-def read_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter file.
-
-    Raises: ValueError naming the file and the tensor if something is missing, damaged, unknown or not finite, or if the
-        file is of a newer version.
-    """
-    info, tensors = open_adapter(Path(folder))
-    return Adapter(info, {name: tensor.load() for name, tensor in tensors.items()})
-
-
 def open_adapter(folder: Path) -> tuple[AdapterInfo, dict[str, StoredTensor]]:
     """Read and check an adapter file one tensor at a time.
 
@@ -140,13 +78,7 @@ def open_adapter(folder: Path) -> tuple[AdapterInfo, dict[str, StoredTensor]]:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise ValueError(f"{folder} has {ABOUT_NAME} but no {WEIGHTS_NAME}: was the folder copied in full?")
-    stored = SafetensorsFile(path).tensors
-    if unknown := [name for name in stored if renamed(name, ROE_KEYS) is None]:
-        raise ValueError(
-            f"{path} holds {listed(unknown)}, expected routers, adapters and routing tokens alone: is it a whole "
-            "checkpoint under an adapter's name?"
-        )
-    tensors = {renamed(name, ROE_KEYS): tensor for name, tensor in stored.items()}
+    tensors = named_parts(SafetensorsFile(path).tensors, path)
     check_stored_parts(tensors, info.sizes, path)
     return info, tensors
 
@@ -161,30 +93,15 @@ def check_stored_parts(tensors: dict[str, StoredTensor], sizes: RoutingSizes, so
         check_finite(name, tensor.load(), source)
 
 
-def check_finite(name: str, tensor: torch.Tensor, source) -> None:
-    """Raises: ValueError if a routing part is not of a floating dtype, or holds NaN or Inf."""
-    if not tensor.is_floating_point() or tensor.itemsize < 2:
-        raise ValueError(f"{name} in {source} is {tensor.dtype}, expected a floating dtype of 16 bits or more")
-    if bad := int((~torch.isfinite(tensor)).sum()):
-        raise ValueError(
-            f"{name} in {source} holds {bad} NaN or Inf among {tensor.numel()} values, expected finite weights: did "
-            "the training diverge, or float16 overflow?"
-        )
-
-
-def read_info(path: Path) -> AdapterInfo:
-    """What an adapter file says.
-
-    Raises: ValueError if it is of a newer version or lacks an entry.
-    """
-    content = read_json(path)
-    version = content.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {version!r}, this program reads up to {FORMAT_VERSION}: update roe-llava"
-        )
-    known = {one.name for one in fields(AdapterInfo)}
-    required = known - {"training", "base", "format_version"}
-    if missing := sorted(required - content.keys()):
-        raise ValueError(f"{path} lacks {listed(missing)}: was it written by roe-llava?")
-    return AdapterInfo(**{name: value for name, value in content.items() if name in known})
+__all__ = [
+    "ABOUT_NAME",
+    "FORMAT_VERSION",
+    "WEIGHTS_NAME",
+    "Adapter",
+    "AdapterInfo",
+    "check_stored_parts",
+    "open_adapter",
+    "read_adapter",
+    "read_info",
+    "save_adapter",
+]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
+from .copying import copy_weights_file
 from .fingerprint import TensorHasher, base_kinds, base_signatures, base_tensors, fingerprint
 from .folder_files import Companions, find_companions, grafted_config, read_base_config, write_code, write_companions
 from .output import check_target, new_folder, write_json
@@ -187,17 +188,9 @@ def copy_weights(
     with TensorHasher() as hasher:
         for name, file in checkpoint.files.items():
             new_name = copied_name(name)
-            with open(folder / new_name, "wb") as copy:
-                for tensor, block in file.blocks():
-                    copy.write(block)
-                    if tensor is not None:
-                        hasher.add(tensor, block)
-                    progress(len(block))
+            copy_weights_file(file, folder / new_name, hasher, progress)
             weight_map |= dict.fromkeys(file.tensors, new_name)
-        with open(folder / ROE_FILE, "wb") as copy:
-            for _, block in added.blocks():
-                copy.write(block)
-                progress(len(block))
+        copy_weights_file(added, folder / ROE_FILE, None, progress)
         signatures = {name: hasher.signature(tensor) for name, tensor in base_tensors(checkpoint).items()}
     weight_map |= dict.fromkeys(added.tensors, ROE_FILE)
     metadata = {"total_size": total_bytes(checkpoint.tensors) + total_bytes(added.tensors)}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .copying import Flusher
 from .output import write_json
 from .weights import BLOCK_SIZE, DTYPE_NAMES, DTYPES, StoredTensor, StoredTensors, tensor_blocks
 
@@ -165,9 +166,14 @@ def write_file(path: Path, file: StoredTensors, progress: Callable[[int], object
     blocks = checked_blocks(file)
     try:
         with open(path, "wb") as copy:
-            for block in blocks:
-                copy.write(block)
-                progress(len(block))
+            flusher = Flusher(copy)
+            try:
+                for block in blocks:
+                    copy.write(block)
+                    flusher.written(len(block))
+                    progress(len(block))
+            finally:
+                flusher.wait()
     except OSError as error:  # `write` does not say which file it was
         if error.filename is not None:
             raise

@@ -1,9 +1,10 @@
 """Where a checkpoint comes from: a folder, or the Hub through huggingface_hub."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..adapter_roe import read_json
 
 # What is taken from the Hub beside weights; a base's code is not run here.
 COMPANIONS = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
@@ -54,17 +55,4 @@ def download(repo_id: str, revision: str | None) -> Source:
     return Source(folder, repo_id, folder.name)
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file.
-
-    Raises: ValueError if it is not there or not an object.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path.parent} is not a checkpoint folder: it has no {path.name}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
+__all__ = ["Source", "read_json", "resolve_source"]

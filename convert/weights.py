@@ -11,30 +11,12 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from .state_dict import listed
-
-BLOCK_SIZE = 16 * 2**20
-
-# Names safetensors gives to dtypes; tensors of others cannot be stored.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from ..adapter_roe import BLOCK_SIZE, DTYPE_NAMES, DTYPES, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +30,7 @@ class StoredTensor:
         num_bytes: of its values.
         file: where it is.
         blocks: makes an iterator over its bytes; every block but the last has `BLOCK_SIZE` bytes.
+        start: where its bytes begin in the file; `None` if they are not in it as they are.
     """
 
     name: str
@@ -56,6 +39,12 @@ class StoredTensor:
     num_bytes: int
     file: Path
     blocks: Callable[[], Iterator[bytes]]
+    start: int | None = None
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Where each block is in the file: its first byte and its length. Only where `start` is known."""
+        for done in range(0, self.num_bytes, BLOCK_SIZE):
+            yield self.start + done, min(BLOCK_SIZE, self.num_bytes - done)
 
     @property
     def kind(self) -> str:
@@ -69,7 +58,10 @@ class StoredTensor:
         """
         if self.dtype not in DTYPES:
             raise ValueError(f"{self.name} in {self.file} has dtype {self.dtype}, expected one of {sorted(DTYPES)}")
-        values = bytearray().join(self.blocks())
+        if self.start is None:
+            values = bytearray().join(self.blocks())
+        else:
+            values = read_range(self.file, self.start, self.num_bytes)
         if not values:
             return torch.empty(self.shape, dtype=DTYPES[self.dtype])
         return torch.frombuffer(values, dtype=DTYPES[self.dtype]).reshape(self.shape)
@@ -89,6 +81,16 @@ def file_blocks(path: Path, start: int, num_bytes: int) -> Iterator[bytes]:
                 raise ValueError(f"{path} ended while it was read: is another process writing it?")
             num_bytes -= len(block)
             yield block
+
+
+def read_range(path: Path, start: int, num_bytes: int) -> bytearray:
+    """A part of a file in one piece."""
+    values = bytearray(num_bytes)
+    with open(path, "rb") as file:
+        file.seek(start)
+        if file.readinto(values) < num_bytes:
+            raise ValueError(f"{path} ended while it was read: is another process writing it?")
+    return values
 
 
 def tensor_blocks(tensor: torch.Tensor) -> Iterator[bytes]:
@@ -143,9 +145,8 @@ class SafetensorsFile:
                 f"{about['dtype']} {list(shape)}: the header is damaged"
             )
         start = self.data_start + begin
-        return StoredTensor(
-            name, about["dtype"], shape, end - begin, self.path, lambda: file_blocks(self.path, start, end - begin)
-        )
+        blocks = partial(file_blocks, self.path, start, end - begin)
+        return StoredTensor(name, about["dtype"], shape, end - begin, self.path, blocks, start)
 
     def blocks(self) -> Blocks:
         for block in file_blocks(self.path, 0, self.data_start):

@@ -1,11 +1,15 @@
-"""Fixtures: tiny routed models whose routes depend on the input (`tiny.py` builds them)."""
+"""Fixtures: tiny routed models whose routes depend on the input (`tiny.py` builds them), and checkpoints on disk."""
+
+import shutil
 
 import pytest
 import tiny
 import torch
+from convert_helpers import make_base, train
 from transformers import CLIPImageProcessor
 
 from roe_llava import RoeLlavaProcessor
+from roe_llava.convert.adapter_file import save_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +73,37 @@ def processor(request):
 def word_processor():
     """A processor whose token ids the tiny models know."""
     return make_processor("words")
+
+
+# ---------------------------------------- checkpoints on disk
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A stock LLaVA folder."""
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def trained(base):
+    """A RoE model on that base."""
+    return train(base)
+
+
+@pytest.fixture(scope="session")
+def shared_adapter(tmp_path_factory, base, trained):
+    """Its adapter file."""
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    return save_adapter(trained, trained.config, folder, base=base, training={"steps": 3})
+
+
+@pytest.fixture
+def adapter(tmp_path, shared_adapter):
+    """A copy to damage."""
+    return shutil.copytree(shared_adapter, tmp_path / "adapter")
+
+
+@pytest.fixture
+def base_copy(tmp_path, base):
+    """A copy to damage."""
+    return shutil.copytree(base, tmp_path / "base")

@@ -106,6 +106,19 @@ def tiny_inputs(processor, **kwargs) -> dict:
     return processor(images=images, text=PROMPTS, return_tensors="pt", padding=True, **kwargs)
 
 
+def weights_of(folder: Path) -> dict:
+    """Every tensor in a folder's safetensors files by its name on disk."""
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def bytes_of(tensor: torch.Tensor) -> tuple:
+    """Dtype, shape and bytes: equal where two tensors are the same to the bit, NaN included."""
+    return (tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
 def change_tensors(path: Path, change) -> None:
     """Rewrite a safetensors file; `change` edits its dict of tensors in place."""
     tensors = load_file(path)

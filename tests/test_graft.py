@@ -6,7 +6,17 @@ import shutil
 
 import pytest
 import torch
-from convert_helpers import NUM_LAYERS, change_json, change_tensors, make_base, tiny_config, tiny_inputs, train
+from convert_helpers import (
+    NUM_LAYERS,
+    bytes_of,
+    change_json,
+    change_tensors,
+    make_base,
+    tiny_config,
+    tiny_inputs,
+    train,
+    weights_of,
+)
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -19,54 +29,15 @@ from roe_llava.convert.graft import graft
 SHARDS = {"max_shard_size": "20KB"}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    return train(base)
-
-
-@pytest.fixture(scope="module")
-def shared_adapter(tmp_path_factory, base, model):
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    return save_adapter(model, model.config, folder, base=base, training={"steps": 3})
-
-
-@pytest.fixture
-def adapter(tmp_path, shared_adapter):
-    """A copy to damage."""
-    return shutil.copytree(shared_adapter, tmp_path / "adapter")
-
-
-@pytest.fixture
-def base_copy(tmp_path, base):
-    """A copy to damage."""
-    return shutil.copytree(base, tmp_path / "base")
-
-
-def weights_of(folder):
-    tensors = {}
-    for path in folder.glob("*.safetensors"):
-        tensors |= load_file(path)
-    return tensors
-
-
-def bytes_of(tensor):
-    return (tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-
-
-def test_graft_then_load_gives_the_trained_models_logits(tmp_path, base, model, adapter):
+def test_graft_then_load_gives_the_trained_models_logits(tmp_path, base, trained, adapter):
     graft(base, adapter, tmp_path / "out")
     loaded = RoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     inputs = tiny_inputs(RoeLlavaProcessor.from_pretrained(tmp_path / "out"))
     with torch.no_grad():
-        ours, trained = loaded(**inputs), model(**inputs)
-    assert torch.equal(ours.logits, trained.logits)
-    assert torch.equal(ours.routes, trained.routes) and not trained.routes.all()
-    assert torch.equal(ours.router_logits, trained.router_logits)
+        ours, theirs = loaded(**inputs), trained(**inputs)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.routes, theirs.routes) and not theirs.routes.all()
+    assert torch.equal(ours.router_logits, theirs.router_logits)
 
 
 @pytest.mark.parametrize("text_type", ["mistral", "qwen2"])
@@ -83,8 +54,8 @@ def test_other_language_models_and_tied_embeddings(tmp_path, text_type):
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_grafting_a_full_checkpoint_equals_grafting_its_adapter(tmp_path, base, model, adapter):
-    model.save_pretrained(tmp_path / "roe")
+def test_grafting_a_full_checkpoint_equals_grafting_its_adapter(tmp_path, base, trained, adapter):
+    trained.save_pretrained(tmp_path / "roe")
     graft(base, adapter, tmp_path / "one")
     graft(base, tmp_path / "roe", tmp_path / "two")
     one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
@@ -99,7 +70,7 @@ def test_a_grafted_folder_serves_as_full_checkpoint(tmp_path, base, adapter):
     assert one == two and one["roe_provenance"]["training"] == {"steps": 3}
 
 
-def test_base_shards_are_copied_byte_for_byte(tmp_path, model, adapter):
+def test_base_shards_are_copied_byte_for_byte(tmp_path, trained, adapter):
     base = make_base(tmp_path / "base", **SHARDS)
     summary = graft(base, adapter, tmp_path / "out")
     shards = sorted(path.name for path in base.glob("*.safetensors"))
@@ -162,11 +133,11 @@ def test_sharded_bin_base(tmp_path, base, adapter):
     RoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
 
 
-def test_base_saved_with_names_in_memory(tmp_path, model, adapter):
+def test_base_saved_with_names_in_memory(tmp_path, trained, adapter):
     base = make_base(tmp_path / "base", save_original_format=False)
     graft(base, adapter, tmp_path / "out")
     loaded = RoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
-    state = model.state_dict()
+    state = trained.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
 
 

@@ -5,41 +5,13 @@ import shutil
 
 import pytest
 import torch
-from convert_helpers import change_json, change_tensors, make_base, train
+from convert_helpers import change_json, change_tensors, make_base
 from safetensors.torch import load_file
 
 from roe_llava.convert.adapter_file import read_adapter, save_adapter
 from roe_llava.convert.graft import graft
 
 SHARDS = {"max_shard_size": "20KB"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    return train(base)
-
-
-@pytest.fixture(scope="module")
-def shared_adapter(tmp_path_factory, base, model):
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    return save_adapter(model, model.config, folder, base=base, training={"steps": 3})
-
-
-@pytest.fixture
-def adapter(tmp_path, shared_adapter):
-    """A copy to damage."""
-    return shutil.copytree(shared_adapter, tmp_path / "adapter")
-
-
-@pytest.fixture
-def base_copy(tmp_path, base):
-    """A copy to damage."""
-    return shutil.copytree(base, tmp_path / "base")
 
 
 def refuses(match, *args, **kwargs):
@@ -65,21 +37,21 @@ def test_base_in_another_dtype_is_refused_with_both(tmp_path, adapter):
     refuses(r"lm_head.weight is F16 \[32, 16\], was F32 \[32, 16\]", base, adapter, tmp_path / "out")
 
 
-def test_adapter_without_a_recorded_base_needs_any_base(tmp_path, base, model):
-    save_adapter(model, model.config, tmp_path / "adapter")
+def test_adapter_without_a_recorded_base_needs_any_base(tmp_path, base, trained):
+    save_adapter(trained, trained.config, tmp_path / "adapter")
     refuses("does not say which base", base, tmp_path / "adapter", tmp_path / "out")
     graft(base, tmp_path / "adapter", tmp_path / "out", check_base=False)
 
 
-def test_checkpoint_that_was_tuned_whole_is_refused(tmp_path, base, model):
-    model.save_pretrained(tmp_path / "roe")
+def test_checkpoint_that_was_tuned_whole_is_refused(tmp_path, base, trained):
+    trained.save_pretrained(tmp_path / "roe")
     change_tensors(tmp_path / "roe" / "model.safetensors", lambda t: t["language_model.model.norm.weight"].add_(0.1))
     message = r"model.language_model.norm.weight has other values\). That checkpoint was tuned whole .* use it as it is"
     refuses(message, base, tmp_path / "roe", tmp_path / "out")
 
 
-def test_full_checkpoint_without_a_router_is_refused(tmp_path, base, model):
-    model.save_pretrained(tmp_path / "roe")
+def test_full_checkpoint_without_a_router_is_refused(tmp_path, base, trained):
+    trained.save_pretrained(tmp_path / "roe")
     name = "language_model.model.layers.2.router.weight"
     change_tensors(tmp_path / "roe" / "model.safetensors", lambda t: t.pop(name))
     refuses(r"lacks model.language_model.layers.2.router.weight", base, tmp_path / "roe", tmp_path / "out")
@@ -134,8 +106,8 @@ def test_config_that_is_no_llava_base_is_refused(tmp_path, base_copy, adapter, e
     refuses(message, base_copy, adapter, tmp_path / "out")
 
 
-def test_base_with_routing_tensors_is_refused(tmp_path, base, model, adapter):
-    model.save_pretrained(tmp_path / "roe")
+def test_base_with_routing_tensors_is_refused(tmp_path, base, trained, adapter):
+    trained.save_pretrained(tmp_path / "roe")
     refuses("already has routing parts", tmp_path / "roe", adapter, tmp_path / "out")
     shutil.copy(base / "config.json", tmp_path / "roe")
     refuses(r"already has routing parts \(model.language_model.layers.0", tmp_path / "roe", adapter, tmp_path / "out")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from convert_helpers import make_base, train
 
+from roe_llava.convert import copying, fingerprint, output, weights
 from roe_llava.convert import graft as graft_module
-from roe_llava.convert import output, weights
 from roe_llava.convert.adapter_file import save_adapter
 from roe_llava.convert.graft import graft
 
@@ -93,6 +93,8 @@ class Steps:
     def __init__(self, monkeypatch, fatal=None):
         self.done, self.fatal = 0, fatal
         for owner, name in (
+            (fingerprint, "open_copy"),
+            (copying, "file_blocks"),
             (weights, "file_blocks"),
             (output, "flush"),
             (shutil, "copyfile"),

@@ -93,13 +93,16 @@ def test_the_search_finds_a_patched_method():
 
 @pytest.mark.parametrize("path", ROOT_FILES, ids=lambda path: path.name)
 def test_a_root_file_imports_torch_transformers_and_siblings_only(path):
+    # safetensors comes with Transformers.
     for level, module in imported_modules(ast.parse(path.read_text())):
         if level:
             assert level == 1 and module, f"{path.name}: the Hub loads `from .sibling import Name` only"
             assert (ROOT / f"{module}.py").exists(), f"{path.name} imports .{module}, which is no sibling file"
         else:
             top = module.split(".")[0]
-            assert top in {"torch", "transformers"} or top in sys.stdlib_module_names, f"{path.name} imports {module}"
+            assert top in {"torch", "transformers", "safetensors"} or top in sys.stdlib_module_names, (
+                f"{path.name} imports {module}"
+            )
 
 
 @pytest.mark.parametrize("path", ROOT_FILES, ids=lambda path: path.name)

@@ -6,15 +6,13 @@ models the same questions, times both, prints tables and writes OUT/demo.json, O
 
 import argparse
 import json
-import os
-import platform
 import random
 import shlex
-import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from ...benchmarks.environment import describe_machine
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoint"
 RESULT, ANSWERS, ROUTES_PICTURE, EXAMPLES_PICTURE = "demo.json", "answers.jsonl", "routes.png", "examples.png"
@@ -157,53 +155,13 @@ def setup(model, code: str) -> dict:
 
     return {
         "code": code,
-        "commit": git_commit(),
-        "python": platform.python_version(),
-        **{name: installed_version(name) for name in ("roe-llava", "torch", "transformers")},
-        "machine": platform.machine(),
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
+        **describe_machine(),
         "threads": torch.get_num_threads(),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
         "adapter_size": model.config.adapter_size,
     }
-
-
-def installed_version(name: str) -> str | None:
-    """Version of an installed distribution, `None` if it runs from a source tree."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def processor_name() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree this file belongs to, with "+changes" if it was edited; `None` outside a clone."""
-
-    def git(*arguments):
-        root = Path(__file__).resolve().parents[2]
-        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        # An installed copy may sit inside somebody else's repository.
-        if Path(git("rev-parse", "--show-toplevel")) != Path(__file__).resolve().parents[2]:
-            return None
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def read_json(path: Path) -> dict:

@@ -1,0 +1,396 @@
+"""The adapter file: all that RoE adds to a base, apart from the base, and the identity of the base it belongs to.
+
+`roe_adapter.safetensors` holds the routers, adapters and routing tokens under the names they have beside an llava-hf
+base; `roe_adapter.json` holds sizes, routing fields, a summary of the training and the record of the base.
+
+Top to bottom: names, sizes and checks of routing parts; what the file says; reading it; signatures of tensors, from
+which a base is known. L decoder layers, D hidden, A adapter width.
+"""
+
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .configuration_roe import ROUTING_FIELDS
+
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "roe_adapter.safetensors"
+ABOUT_NAME = "roe_adapter.json"
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+# Where the language model's tensors begin: on disk as llava-hf writes them, and as the model holds them. Some
+# checkpoints were saved with the names in memory; a routing part follows the base it is put onto.
+DISK_PREFIX = "language_model.model."
+MEMORY_PREFIX = "model.language_model."
+
+# Tensors RoE adds, under either name, to their names in memory.
+ROE_KEYS = {
+    r"(?:language_model\.model|model\.language_model)\.layers\.(\d+)\.(router|adapter\.down_proj|adapter\.up_proj)"
+    r"\.weight": r"model.language_model.layers.\1.\2.weight",
+    r"(?:language_model\.model|model\.language_model)\.routing_tokens\.weight": (
+        "model.language_model.routing_tokens.weight"
+    ),
+}
+
+
+def renamed(name: str, table: dict[str, str]) -> str | None:
+    """The new name by the one pattern that matches all of `name`; `None` if none does."""
+    found = [re.sub(pattern, new, name) for pattern, new in table.items() if re.fullmatch(pattern, name)]
+    assert len(found) <= 1, f"{name} is renamed twice: {found}"
+    return found[0] if found else None
+
+
+def split_routing_parts(entries: dict) -> tuple[dict, dict]:
+    """(base, routing parts): the first under the names given, the second under their names in memory."""
+    names = {name: renamed(name, ROE_KEYS) for name in entries}
+    base = {name: entry for name, entry in entries.items() if names[name] is None}
+    return base, {names[name]: entry for name, entry in entries.items() if names[name] is not None}
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """The first few names, and how many more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# --------------------------------------------------------------------------------------------------- sizes and checks
+
+
+@dataclass(frozen=True)
+class RoutingSizes:
+    """What decides the names and shapes of the routing parts.
+
+    Attributes:
+        text_model_type: `model_type` of the language model.
+        num_hidden_layers: L.
+        hidden_size: D.
+        adapter_size: A.
+        routed_layers: layers that have a router and an adapter; `None` for all.
+    """
+
+    text_model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    adapter_size: int
+    routed_layers: list[int] | None = None
+
+    @classmethod
+    def of_config(cls, config) -> "RoutingSizes":
+        """Sizes of a `RoeLlavaConfig`."""
+        text = config.text_config
+        return cls(text.model_type, text.num_hidden_layers, text.hidden_size, config.adapter_size, config.routed_layers)
+
+    def routed(self) -> list[int]:
+        return list(range(self.num_hidden_layers)) if self.routed_layers is None else sorted(self.routed_layers)
+
+
+def routing_shapes(sizes: RoutingSizes) -> dict[str, tuple[int, ...]]:
+    """Every tensor RoE adds to a model of these sizes, by name in memory, with its shape."""
+    hidden, width = sizes.hidden_size, sizes.adapter_size
+    shapes = {f"{MEMORY_PREFIX}routing_tokens.weight": (2, hidden)}
+    for layer in sizes.routed():
+        shapes[f"{MEMORY_PREFIX}layers.{layer}.router.weight"] = (2, 2 * hidden)
+        shapes[f"{MEMORY_PREFIX}layers.{layer}.adapter.down_proj.weight"] = (width, hidden)
+        shapes[f"{MEMORY_PREFIX}layers.{layer}.adapter.up_proj.weight"] = (hidden, width)
+    return shapes
+
+
+def check_routing_parts(shapes: dict[str, tuple[int, ...]], sizes: RoutingSizes, source) -> None:
+    """Check that routing parts are complete, of the right shapes, and nothing else.
+
+    Args:
+        shapes: name in memory to shape.
+        sizes: what the file or config that came with them says.
+        source: where they come from, for the message.
+    Raises: ValueError naming the tensor, what was expected and what was found.
+    """
+    expected = routing_shapes(sizes)
+    if missing := sorted(expected.keys() - shapes.keys()):
+        raise ValueError(
+            f"{source} lacks {listed(missing)}, expected {len(expected)} routing tensors for "
+            f"{sizes.num_hidden_layers} layers (routed: {sizes.routed_layers or 'all'}), found {len(shapes)}: was a "
+            "file cut, or saved by a model with other routed_layers?"
+        )
+    if unknown := sorted(shapes.keys() - expected.keys()):
+        raise ValueError(
+            f"{source} holds {listed(unknown)}, which a model with {sizes.num_hidden_layers} layers (routed: "
+            f"{sizes.routed_layers or 'all'}) does not have: do sizes and weights come from the same run?"
+        )
+    for name, shape in expected.items():
+        if tuple(shapes[name]) != shape:
+            raise ValueError(
+                f"{name} in {source} has shape {list(shapes[name])}, expected {list(shape)} for hidden size "
+                f"{sizes.hidden_size} and adapter size {sizes.adapter_size}: is it from another model or run?"
+            )
+
+
+def check_fits(parts: RoutingSizes, base: RoutingSizes, roe, base_name) -> None:
+    """Check that routing parts of these sizes can stand on this base.
+
+    Raises: ValueError naming the size that differs.
+    """
+    labels = {
+        "text_model_type": "a language model of type",
+        "num_hidden_layers": "the layer count",
+        "hidden_size": "the hidden size",
+    }
+    for name, label in labels.items():
+        found, expected = getattr(parts, name), getattr(base, name)
+        if found != expected:
+            raise ValueError(
+                f"{roe} is for {label} {found!r} (text_config.{name}), the base {base_name} has {expected!r}: it was "
+                "trained on another base"
+            )
+
+
+def check_finite(name: str, tensor: Tensor, source) -> None:
+    """Raises: ValueError if a routing part is not of a floating dtype, or holds NaN or Inf."""
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        raise ValueError(f"{name} in {source} is {tensor.dtype}, expected a floating dtype of 16 bits or more")
+    # The extremes are NaN if anything is, and several times faster to find than every NaN.
+    if tensor.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{name} in {source} holds {bad} NaN or Inf among {tensor.numel()} values, expected finite weights: did "
+            "the training diverge, or float16 overflow?"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- what the file says
+
+
+@dataclass
+class AdapterInfo:
+    """What `roe_adapter.json` says.
+
+    Attributes:
+        text_model_type, num_hidden_layers, hidden_size: of the language model it was trained on.
+        adapter_size, routed_layers, routing_positions, routing_question, target_skip_ratio: as in `RoeLlavaConfig`.
+        training: summary of the training, free of form.
+        base: `{"id", "revision", "fingerprint", "tensors"}` as `base_record` makes it; `None` if it is not known.
+        format_version: of the file.
+    """
+
+    text_model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    adapter_size: int
+    routed_layers: list[int] | None
+    routing_positions: str
+    routing_question: str
+    target_skip_ratio: float
+    training: dict = field(default_factory=dict)
+    base: dict | None = None
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def of_config(cls, config, training: dict | None = None, base: dict | None = None) -> "AdapterInfo":
+        """From a `RoeLlavaConfig`."""
+        text = config.text_config
+        sizes = (text.model_type, text.num_hidden_layers, text.hidden_size)
+        return cls(
+            *sizes, **{name: getattr(config, name) for name in ROUTING_FIELDS}, training=training or {}, base=base
+        )
+
+    @property
+    def sizes(self) -> RoutingSizes:
+        names = [one.name for one in fields(RoutingSizes)]
+        return RoutingSizes(**{name: getattr(self, name) for name in names})
+
+    @property
+    def routing_fields(self) -> dict:
+        """What a config needs beside the base's fields."""
+        return {name: getattr(self, name) for name in ROUTING_FIELDS}
+
+
+@dataclass
+class Adapter:
+    """An adapter file in memory.
+
+    Attributes:
+        info: what it says.
+        tensors: name in the model's memory to tensor; `model.load_state_dict(tensors, strict=False)` takes them.
+    """
+
+    info: AdapterInfo
+    tensors: dict[str, Tensor]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises: ValueError if it is not there or not an object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is not a checkpoint folder: it has no {path.name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def read_info(path: Path) -> AdapterInfo:
+    """What an adapter file says.
+
+    Raises: ValueError if it is of a newer version or lacks an entry.
+    """
+    content = read_json(path)
+    version = content.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {version!r}, this program reads up to {FORMAT_VERSION}: update roe-llava"
+        )
+    known = {one.name for one in fields(AdapterInfo)}
+    required = known - {"training", "base", "format_version"}
+    if missing := sorted(required - content.keys()):
+        raise ValueError(f"{path} lacks {listed(missing)}: was it written by roe-llava?")
+    return AdapterInfo(**{name: value for name, value in content.items() if name in known})
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read and check an adapter file.
+
+    Raises: ValueError naming the file and the tensor if something is missing, damaged, unknown or not finite, or if the
+        file is of a newer version.
+    """
+    folder = Path(folder)
+    info = read_info(folder / ABOUT_NAME)
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} has {ABOUT_NAME} but no {WEIGHTS_NAME}: was the folder copied in full?")
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes and is not readable as safetensors ({error}): is it cut, or a "
+            "Git LFS pointer?"
+        ) from error
+    tensors = named_parts(stored, path)
+    check_routing_parts({name: tuple(tensor.shape) for name, tensor in tensors.items()}, info.sizes, path)
+    for name, tensor in tensors.items():
+        check_finite(name, tensor, path)
+    return Adapter(info, tensors)
+
+
+def named_parts(stored: dict, path: Path) -> dict:
+    """The entries of an adapter file under their names in memory.
+
+    Raises: ValueError if some are no routing parts.
+    """
+    base, parts = split_routing_parts(stored)
+    if base:
+        raise ValueError(
+            f"{path} holds {listed(list(base))}, expected routers, adapters and routing tokens alone: is it a whole "
+            "checkpoint under an adapter's name?"
+        )
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------ identity of a base
+
+# A tensor's signature is its dtype, its shape and the first 16 hex digits of a SHA-256 over the SHA-256 of its blocks.
+# The fingerprint of a base is the SHA-256 of the sorted signatures under names in memory. Neither depends on sharding,
+# file format, the name layout or the config file, and a single changed weight changes both.
+BLOCK_SIZE = 16 * 2**20
+
+# Names safetensors gives to dtypes; tensors of others cannot be stored.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def tensor_kind(tensor: Tensor) -> str:
+    """Dtype and shape as text, "F16 [2, 4]"."""
+    return f"{DTYPE_NAMES.get(tensor.dtype, tensor.dtype)} {list(tensor.shape)}"
+
+
+def tensor_signature(tensor: Tensor) -> str:
+    """ "F16 [2, 4] 0123456789abcdef" of a tensor on any device, of which a block at a time is copied to the host."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    starts = range(0, flat.numel(), BLOCK_SIZE)
+    digests = [hashlib.sha256(flat[start : start + BLOCK_SIZE].cpu().numpy()).digest() for start in starts]
+    return f"{tensor_kind(tensor)} {hashlib.sha256(b''.join(digests)).hexdigest()[:16]}"
+
+
+def signatures_of(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Signature of every tensor, several tensors at a time."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip(tensors, pool.map(tensor_signature, tensors.values()), strict=True))
+
+
+def fingerprint(signatures: dict[str, str]) -> str:
+    """SHA-256 in hex over sorted names and signatures."""
+    lines = "".join(f"{name} {signature}\n" for name, signature in sorted(signatures.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def base_record(signatures: dict[str, str], base_id: str | None, revision: str | None) -> dict:
+    """What an adapter file says about its base."""
+    return {
+        "id": base_id,
+        "revision": revision,
+        "fingerprint": fingerprint(signatures),
+        "tensors": dict(sorted(signatures.items())),
+    }
+
+
+def record_name(record: dict) -> str:
+    """A recorded base in words: its id, and its revision where it has one."""
+    revision = record.get("revision")
+    return f"{record.get('id')} at revision {revision}" if revision else str(record.get("id"))
+
+
+def difference(ours: dict[str, str], theirs: dict[str, str]) -> str | None:
+    """What differs between two descriptions of tensors (name to signature), in words; `None` if nothing does.
+
+    Args:
+        ours: of the base at hand.
+        theirs: of the base that was expected.
+    """
+    reasons = [f"{name} is not there" for name in sorted(theirs.keys() - ours.keys())]
+    reasons += [f"{name} was not there" for name in sorted(ours.keys() - theirs.keys())]
+    for name in sorted(ours.keys() & theirs.keys()):
+        if ours[name] == theirs[name]:
+            continue
+        (our_type, our_bytes), (their_type, their_bytes) = split_signature(ours[name]), split_signature(theirs[name])
+        if our_type != their_type:
+            reasons.append(f"{name} is {our_type}, was {their_type}")
+        elif our_bytes and their_bytes:
+            reasons.append(f"{name} has other values")
+    if not reasons:
+        return None
+    shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+    return f"{len(reasons)} of {len(theirs)} tensors differ ({shown})"
+
+
+def split_signature(signature: str) -> tuple[str, str]:
+    """("F32 [2, 4]", digest) of "F32 [2, 4] digest"; the digest may be missing."""
+    kind, _, digest = signature.partition("] ")
+    return f"{kind.removesuffix(']')}]", digest
+
+
+__all__ = ["Adapter", "AdapterInfo", "RoutingSizes", "fingerprint", "read_adapter", "signatures_of"]

@@ -1,0 +1,89 @@
+"""A model folder without RoE: the config, processor and tokenizer of the stock LLaVA inside a RoE checkpoint."""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+
+from ..configuration_roe import ROUTING_FIELDS, RoeLlavaConfig
+from .folder_files import COMPANIONS, OWN, WEIGHT_SUFFIXES
+from .output import write_json
+from .source import read_json
+
+# Files that name the processor's class and code.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+def stock_config(config: dict) -> dict:
+    """config.json of a RoE checkpoint as stock LLaVA's: without routing fields, provenance and code."""
+    own = {*ROUTING_FIELDS, *inspect.get_annotations(RoeLlavaConfig), "auto_map"}
+    kept = {name: value for name, value in config.items() if name not in own and not name.startswith("roe_")}
+    return kept | {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+
+
+def stock_processor(content):
+    """A processor or tokenizer file as stock LLaVA's: its class by the stock name, no code."""
+    if isinstance(content, list):
+        return [stock_processor(one) for one in content]
+    if not isinstance(content, dict):
+        return content
+    kept = {name: stock_processor(value) for name, value in content.items() if name != "auto_map"}
+    if kept.get("processor_class") == "RoeLlavaProcessor":
+        kept["processor_class"] = "LlavaProcessor"
+    return kept
+
+
+@dataclass
+class StockFiles:
+    """Files of a stock folder beside its weights.
+
+    Attributes:
+        folder: of the RoE checkpoint.
+        copied: files to copy.
+        written: file name to content of those that name RoE.
+        dropped: what is left behind, name to reason.
+    """
+
+    folder: Path
+    copied: list[Path]
+    written: dict[str, dict]
+    dropped: dict[str, str]
+
+    def write(self, target: Path) -> None:
+        """Put them into a folder."""
+        for path in self.copied:
+            copy = target / path.relative_to(self.folder)
+            copy.parent.mkdir(exist_ok=True)
+            copyfile(path, copy)
+        for name, content in self.written.items():
+            write_json(target / name, content)
+
+
+def find_stock_files(folder: Path, config: dict, used) -> StockFiles:
+    """What a stock folder needs of a RoE checkpoint beside weights.
+
+    Args:
+        folder: of the RoE checkpoint.
+        config: content of its config.json.
+        used: names of its weight files, which are copied elsewhere.
+    """
+    written = {"config.json": stock_config(config)}
+    for name in PROCESSOR_FILES:
+        if (folder / name).is_file() and (content := read_json(folder / name)) != (stock := stock_processor(content)):
+            written[name] = stock
+    copied = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    copied -= {path for pattern in OWN for path in folder.glob(pattern)} | {folder / name for name in written}
+    if "processor_config.json" not in written and (folder / "processor_config.json").is_file():
+        copied.add(folder / "processor_config.json")
+    dropped = {}
+    for path in sorted(folder.iterdir()):
+        is_index = path.name.endswith(".index.json")
+        if path.is_dir() or path.name.startswith(".") or path.name in used or path in copied or is_index:
+            continue
+        if path.suffix == ".py":
+            dropped[path.name] = "code of RoE, which stock LLaVA does without"
+        elif path.name.endswith(WEIGHT_SUFFIXES):
+            dropped[path.name] = "weights in a second format"
+        elif path.name not in written:
+            dropped[path.name] = "belongs to the RoE checkpoint alone"
+    return StockFiles(folder, sorted(copied), written, dropped)
