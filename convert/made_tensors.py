@@ -35,14 +35,14 @@ def in_memory(name: str, tensor: torch.Tensor, file: Path) -> StoredTensor:
     )
 
 
-def rechunked(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in blocks of `BLOCK_SIZE`, the last one shorter."""
+def rechunked(pieces: Iterable[bytes], size: int = BLOCK_SIZE) -> Iterator[bytes]:
+    """The same bytes in blocks of one size, the last one shorter."""
     held = bytearray()
     for piece in pieces:
         held += piece
-        while len(held) >= BLOCK_SIZE:
-            yield bytes(held[:BLOCK_SIZE])
-            del held[:BLOCK_SIZE]
+        while len(held) >= size:
+            yield bytes(held[:size])
+            del held[:size]
     if held:
         yield bytes(held)
 
@@ -104,12 +104,13 @@ def padded_rows(tensor: StoredTensor, num_rows: int) -> StoredTensor:
 
 
 def mean_row(tensor: StoredTensor) -> torch.Tensor:
-    """(D,) mean over rows, summed in double precision, in the tensor's dtype."""
-    values = tensor.load()
-    total = torch.zeros(values.shape[1], dtype=torch.float64)
-    for part in values.split(4096):
-        total += part.double().sum(0)
-    return (total / values.shape[0]).to(values.dtype)
+    """(D,) mean over rows, summed in double precision, in the tensor's dtype; a few rows in memory at a time."""
+    num_rows, width = tensor.shape
+    dtype, row_bytes = DTYPES[tensor.dtype], tensor.num_bytes // num_rows
+    total = torch.zeros(width, dtype=torch.float64)
+    for block in rechunked(tensor.blocks(), max(1, BLOCK_SIZE // row_bytes) * row_bytes):
+        total += torch.frombuffer(bytearray(block), dtype=dtype).reshape(-1, width).double().sum(0)
+    return (total / num_rows).to(dtype)
 
 
 def check_dtype(tensor: StoredTensor) -> None:
