@@ -22,7 +22,7 @@ from .original_processor import copy_tokenizer_files
 from .original_vision import INSIDE, TOWER_FOLDER
 from .output import check_target, new_folder, write_json
 from .routing_parts import byte_progress
-from .source import Source, read_json, resolve_source
+from .source import Source, blamed_on, read_json, resolve_source
 from .state_dict import RoutingSizes, check_routing_parts, listed, split_routing_parts
 from .summary import Summary
 from .weights import Checkpoint, StoredTensor, StoredTensors, open_checkpoint
@@ -140,7 +140,8 @@ def check_expressible(config: dict, path: Path) -> None:
     for name, kind in (("text_config", "language model"), ("vision_config", "vision tower")):
         if not isinstance(config.get(name), dict):
             raise ValueError(f"{path} has no {name}, expected the configuration of the {kind}: is the file whole?")
-    full = RoeLlavaConfig.from_dict(config)
+    with blamed_on(path):
+        full = RoeLlavaConfig.from_dict(config)
     text = full.text_config
     rope = text.rope_parameters if text.model_type == "llama" else {"rope_type": "default"}
     limits = {

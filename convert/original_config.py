@@ -69,7 +69,7 @@ def unsupported(flat: dict) -> dict[str, str]:
     if flat.get("mm_projector_type", "linear") != "mlp2x_gelu":
         flat.setdefault("mm_projector_type", "linear")  # as the original reads it
         reasons["mm_projector_type"] = "expected 'mlp2x_gelu', llava-hf's projector is two linear layers with GELU"
-    if flat.get("mm_vision_select_feature", "patch") not in SELECT:
+    if flat.get("mm_vision_select_feature", "patch") not in list(SELECT):
         reasons["mm_vision_select_feature"] = f"expected one of {sorted(SELECT)}"
     if flat.get("image_aspect_ratio") not in (None, "pad", "square"):
         reasons["image_aspect_ratio"] = (
@@ -97,18 +97,22 @@ def llava_config(flat: dict, vision: CLIPVisionConfig, tokens, dtype: str, prove
         tokens: `SpecialTokens`.
         dtype: of the weights, as PyTorch names it.
         provenance: kept under `PROVENANCE`.
+    Raises: ValueError, or what else Transformers makes of a wrong entry.
     """
     text = text_config(flat)
     text.vocab_size, text.pad_token_id = tokens.vocab_size, tokens.pad_id
     text.dtype = vision.dtype = None
     select = SELECT[flat.get("mm_vision_select_feature", "patch")]
     patches = (vision.image_size // vision.patch_size) ** 2
+    layer, most = flat.get("mm_vision_select_layer", -2), vision.num_hidden_layers
+    if not isinstance(layer, int) or not -most - 1 <= layer <= most:
+        raise ValueError(f"mm_vision_select_layer is {layer!r}, expected a layer of a tower that has {most}")
     config = LlavaConfig(
         text_config=text.to_dict(),
         vision_config=vision.to_dict(),
         image_token_index=tokens.image_id,
         image_seq_length=patches + (select == "full"),
-        vision_feature_layer=flat.get("mm_vision_select_layer", -2),
+        vision_feature_layer=layer,
         vision_feature_select_strategy=select,
         projector_hidden_act="gelu",
         tie_word_embeddings=text.tie_word_embeddings,
@@ -196,3 +200,6 @@ def check_version(provenance: dict, path: Path) -> None:
             f"{PROVENANCE} in {path} has format_version {version!r}, this program reads up to {FORMAT_VERSION}: update "
             "roe-llava"
         )
+    needed = {"vocab_size": int, "padded_vocab_size": int, "vision_tower": str, "buffers": list, "config": dict}
+    if wrong := [name for name, kind in needed.items() if not isinstance(provenance.get(name), kind)]:
+        raise ValueError(f"{PROVENANCE} in {path} lacks {listed(wrong)}: was it written by roe-llava?")

@@ -24,7 +24,7 @@ from .original_processor import (
 from .original_vision import INSIDE, Tower, check_tower_sizes, find_tower, tower_names
 from .output import check_target, new_folder, write_json
 from .routing_parts import byte_progress
-from .source import Source, resolve_source
+from .source import Source, blamed_on, resolve_source
 from .state_dict import RoutingSizes, check_routing_parts, split_routing_parts
 from .summary import Summary
 from .weights import Checkpoint, StoredTensor, StoredTensors, open_checkpoint
@@ -111,14 +111,19 @@ def plan_import(source: Source, routed: bool, vision_tower: str | Path | None) -
     flat = read_flat_config(source.folder)
     checkpoint = open_checkpoint(source.folder)
     layout = rename_original(checkpoint, routed)
-    check_sizes(flat, checkpoint.tensors, source.folder / "config.json")
+    path = source.folder / "config.json"
+    check_sizes(flat, checkpoint.tensors, path)
     tower = find_tower(source, flat, vision_tower, any(name.startswith(INSIDE) for name in checkpoint.tensors))
     check_tower_sizes(tower.config, tower.folder, add_tower(layout, checkpoint, tower))
     tokenizer = open_tokenizer(source.folder)
     tokens = add_special_tokens(tokenizer, flat["vocab_size"], source.folder)
     padded = pad_vocabulary(layout, tokens)
     dtype = DTYPES.get(next(iter(checkpoint.tensors.values())).dtype, "float32")
-    config = llava_config(flat, tower.config, tokens, dtype, provenance(source, flat, layout, tower, tokens))
+    with blamed_on(path):
+        text = text_config(flat)
+    origin = provenance(source, flat, tower, tokens, describe_buffers(layout.buffers, text))
+    with blamed_on(path):
+        config = llava_config(flat, tower.config, tokens, dtype, origin)
     if routed:
         config = routed_config(config, layout, source)
     check_complete(layout.all_tensors(), config, source.folder)
@@ -167,7 +172,7 @@ def pad_vocabulary(layout: Layout, tokens: SpecialTokens) -> dict[str, int]:
     return padded
 
 
-def provenance(source: Source, flat: dict, layout: Layout, tower: Tower, tokens: SpecialTokens) -> dict:
+def provenance(source: Source, flat: dict, tower: Tower, tokens: SpecialTokens, buffers: list[dict]) -> dict:
     """What the way back needs to know: kept in config.json."""
     return {
         "format_version": FORMAT_VERSION,
@@ -176,7 +181,7 @@ def provenance(source: Source, flat: dict, layout: Layout, tower: Tower, tokens:
         "vocab_size": tokens.old_size,
         "padded_vocab_size": tokens.vocab_size,
         "vision_tower": "inside" if tower.inside else "beside",
-        "buffers": describe_buffers(layout.buffers, text_config(flat)),
+        "buffers": buffers,
         "config": flat,
     }
 

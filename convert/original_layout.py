@@ -25,6 +25,7 @@ from .keys import (
     renamed,
 )
 from .made_tensors import check_dtype, in_memory, joined
+from .source import blamed_on
 from .state_dict import listed
 from .weights import DTYPES, Checkpoint, StoredTensor
 
@@ -174,7 +175,8 @@ def check_complete(tensors: dict[str, StoredTensor], config: dict, folder: Path)
         folder: where they come from, for messages.
     Raises: ValueError naming file, tensor, what was found and what was expected.
     """
-    expected = expected_shapes(config)
+    with blamed_on(folder / "config.json"):
+        expected = expected_shapes(config)
     found = {renamed(name, ROE_KEYS) or renamed(name, BASE_KEYS): tensor for name, tensor in tensors.items()}
     missing = expected.keys() - found.keys()
     if config.get("tie_word_embeddings"):

@@ -16,7 +16,7 @@ from transformers.utils import is_torchvision_available
 from ..configuration_roe import RoeLlavaConfig
 from ..processing_roe import RoeLlavaProcessor
 from .output import write_json
-from .source import read_json
+from .source import blamed_on, read_json
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 MULTIPLE = 64  # llava-hf's vocabularies have a multiple of it
@@ -217,8 +217,9 @@ def image_processor(preprocessor: dict | None, vision: CLIPVisionConfig, pads: b
     settings |= {name: value for name, value in (preprocessor or {}).items() if name not in generic}
     name = "LlavaImageProcessor" if pads else "CLIPImageProcessor"
     cls = getattr(transformers, name if is_torchvision_available() else f"{name}Pil")  # either is saved as the first
-    made = cls(**settings | ({"do_pad": True} if pads else {}))
-    size = made.crop_size if made.do_center_crop else made.size
+    with blamed_on(where / "preprocessor_config.json"):
+        made = cls(**settings | ({"do_pad": True} if pads else {}))
+        size = made.crop_size if made.do_center_crop else made.size
     if (size["height"], size["width"]) != (side, side):
         raise ValueError(
             f"preprocessor_config.json in {where} makes images of {size['height']} x {size['width']}, its config.json "

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import CLIPVisionConfig
 
 from .keys import POSITION_BUFFERS, TOWER_DROPPED, TOWER_KEYS, renamed
-from .source import Source, read_json, resolve_source
+from .source import Source, blamed_on, read_json, resolve_source
 from .state_dict import listed
 from .weights import Checkpoint, StoredTensor, open_checkpoint
 
@@ -57,6 +57,7 @@ def tower_folder(source: Source, flat: dict, given: str | Path | None, weights: 
     if given is not None:
         return fetched(given, weights)
     name = flat.get("mm_vision_tower") or flat.get("vision_tower")
+    name = name if isinstance(name, str) else None
     places = [source.folder / TOWER_FOLDER]
     if name:
         places += [source.folder / name, source.folder.resolve().parent / name]
@@ -109,12 +110,17 @@ def vision_config(folder: Path) -> CLIPVisionConfig:
     content = read_json(path)
     kind = content.get("model_type")
     if kind == "clip":
-        content = (content.get("vision_config_dict") or {}) | (content.get("vision_config") or {})
+        with blamed_on(path):
+            content = (content.get("vision_config_dict") or {}) | (content.get("vision_config") or {})
     elif kind != "clip_vision_model":
         raise ValueError(f"{path} has model_type {kind!r}, expected 'clip' or 'clip_vision_model' for a vision tower")
     # What Transformers stores with every model is not the tower's own.
     generic = ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
-    return CLIPVisionConfig(**{name: value for name, value in content.items() if name not in generic})
+    with blamed_on(path):
+        config = CLIPVisionConfig(**{name: value for name, value in content.items() if name not in generic})
+        if not 0 < config.patch_size <= config.image_size:
+            raise ValueError(f"patch_size is {config.patch_size}, image_size {config.image_size}")
+    return config
 
 
 def tower_names(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, StoredTensor], dict[str, str]]:

@@ -236,6 +236,11 @@ def test_layers_without_a_router_are_refused(tmp_path):
         ({"adapter_size": 8}, r"adapter.down_proj.weight in .* has shape \[16, 64\], expected \[8, 64\]"),
         ({"original_layout": {"format_version": 2}}, r"format_version 2, this program reads up to 1: update"),
         ({"original_layout": {}}, r"format_version None, this program reads up to 1"),
+        (
+            {"original_layout": {"format_version": 1}},
+            r"original_layout in .*config.json lacks vocab_size, padded_vocab",
+        ),
+        ({"adapter_size": 0}, r"config.json does not hold what .*adapter_size must be a positive integer, got 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -327,6 +328,14 @@ def test_bad_tensors_are_refused_by_name(tmp_path, change, message):
         ({"mm_use_im_start_end": True}, r"mm_use_im_start_end True, which cannot be imported"),
         ({"quantization_config": {"load_in_4bit": True}}, r"quantization_config .*which cannot be imported"),
         ({"is_multipath_encoder": True}, r"is_multipath_encoder True.*LLaVA-HR"),
+        ({"rms_norm_eps": "a"}, r"checkpoint.config.json does not hold .*'rms_norm_eps' expected float, got str"),
+        (
+            {"rope_scaling": {"type": "linear"}},
+            r"checkpoint.config.json does not hold .*Missing required keys .*factor",
+        ),
+        ({"hidden_act": "unknown"}, r"checkpoint.config.json does not hold .*KeyError: 'unknown'"),
+        ({"torch_dtype": "float13"}, r"checkpoint.config.json does not hold .*float13"),
+        ({"mm_vision_select_layer": -9}, r"config.json .*mm_vision_select_layer is -9, expected a layer of .* has 3"),
         ({"mm_vision_tower": "nowhere"}, r"mm_vision_tower 'nowhere'\) cannot be found: .*--vision-tower"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -346,6 +355,9 @@ def test_config_of_another_tower_is_refused(tmp_path):
     config.write_text(stored)
     change_json(config, image_size=42)
     refuses(r"position_embedding.weight in .*shape \[5, 32\], expected \[10, 32\]", source)
+    config.write_text(stored)
+    change_json(config, patch_size=0)
+    refuses(r"vision_tower.config.json does not hold .*patch_size is 0", source)
     config.write_text(stored)
     change_json(config, model_type="siglip_vision_model")
     refuses(r"model_type 'siglip_vision_model', expected 'clip' or 'clip_vision_model'", source)
@@ -412,6 +424,33 @@ def test_full_disk_names_the_file_and_leaves_nothing(tmp_path):
     assert done.returncode == 2, done.stderr
     assert "model-00001-of-00001.safetensors" in done.stderr and "bytes are needed" in done.stderr
     assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+def put_into_hub_cache(cache, repo_id, folder):
+    """A folder as huggingface_hub keeps a downloaded repository."""
+    repo = cache / f"models--{repo_id.replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "v1").write_text(COMMIT)
+    (repo / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(folder, repo / "snapshots" / COMMIT)
+
+
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_source_and_tower_may_be_hub_ids(tmp_path, monkeypatch, place, imported):
+    source = golden_source(tmp_path, "sharded_bin", place)
+    change_json(source / "config.json", mm_vision_tower="someone/tower")
+    put_into_hub_cache(tmp_path / "hub", "someone/roe", source)
+    put_into_hub_cache(tmp_path / "hub", "someone/tower", tmp_path / "vision_tower")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    import_reference("someone/roe", tmp_path / "out", revision="v1")
+    origin = json.loads((tmp_path / "out" / "config.json").read_text())["original_layout"]
+    assert (origin["id"], origin["revision"], origin["vision_tower"]) == ("someone/roe", COMMIT, place)
+    ours, first = read_weights(tmp_path / "out"), read_weights(imported)
+    assert ours.keys() == first.keys() and all(torch.equal(ours[name], first[name]) for name in first)
 
 
 def test_hub_id_that_cannot_be_had_is_refused(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Streams made of streams: blocks keep their size, rows their bytes."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ def stored(tensor):
     return in_memory("x", tensor, FILE)
 
 
+@functools.cache
 def large(dtype=torch.float16):
     """Two blocks and a half, in rows that no block boundary is a multiple of."""
     width = 1000
