@@ -18,7 +18,7 @@ from .made_tensors import numbered, rows, stream_files
 from .original_config import PROVENANCE, check_sizes, check_version, flat_config, text_config
 from .original_import import TOKENIZER_FOLDER
 from .original_layout import check_complete, remade_buffers
-from .original_processor import copy_tokenizer_files
+from .original_processor import copy_licences, copy_tokenizer_files
 from .original_vision import INSIDE, TOWER_FOLDER
 from .output import check_target, new_folder, write_json
 from .routing_parts import byte_progress
@@ -298,6 +298,7 @@ def write_companions(plan: Plan, folder: Path) -> None:
     write_json(folder / "generation_config.json", generation_settings(plan))
     if (plan.source.folder / TOKENIZER_FOLDER).is_dir():
         copy_tokenizer_files(plan.source.folder / TOKENIZER_FOLDER, folder)
+    copy_licences(plan.source.folder, folder)
     tower = folder / TOWER_FOLDER
     vision = RoeLlavaConfig.from_dict(plan.config).vision_config
     content = {"architectures": ["CLIPVisionModel"], "model_type": vision.model_type}

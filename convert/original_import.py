@@ -15,6 +15,7 @@ from .original_processor import (
     SpecialTokens,
     add_special_tokens,
     check_tokens,
+    copy_licences,
     copy_tokenizer_files,
     generation_settings,
     image_processor,
@@ -209,6 +210,7 @@ def write_companions(plan: Plan, folder: Path, routed: bool) -> None:
         check_tokens(AutoTokenizer.from_pretrained(folder), plan.tokens, folder)
         (folder / TOKENIZER_FOLDER).mkdir()
         copy_tokenizer_files(plan.source.folder, folder / TOKENIZER_FOLDER)
+    copy_licences(plan.source.folder, folder)
     if routed:
         write_code(folder)
 

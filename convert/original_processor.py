@@ -31,6 +31,8 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
 # Prompts that LLaVA was trained on. Images come first, each on a line of its own. A system message of the caller takes
 # the place of the usual one; an empty one leaves it out, which is llava-hf's own prompt for LLaVA-1.5.
 _IMAGES = "{% for part in content if part['type'] == 'image' %}{{ '<image>{gap}\n' }}{% endfor %}"
@@ -134,6 +136,14 @@ def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
     for name in names:
         shutil.copyfile(source / name, target / name)
     return names
+
+
+def copy_licences(source: Path, target: Path) -> None:
+    """Copy what has to go along with weights wherever they go."""
+    for pattern in LICENCES:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
 
 
 def add_special_tokens(tokenizer, old_size: int, folder: Path) -> SpecialTokens:

@@ -154,7 +154,7 @@ def test_a_model_grafted_onto_an_imported_base_loses_the_added_rows(tmp_path):
     assert same(back, read_weights(source))
 
 
-def test_the_original_tokenizer_comes_back(tmp_path):
+def test_the_original_tokenizer_and_licence_come_back(tmp_path):
     source, tokenizer = golden_source(tmp_path), llama_tokenizer()
 
     def widen(weights):
@@ -165,9 +165,10 @@ def test_the_original_tokenizer_comes_back(tmp_path):
     change_json(source / "config.json", vocab_size=len(tokenizer))
     tokenizer.save_pretrained(source)
     (source / "generation_config.json").write_text('{"max_length": 99, "pad_token_id": 0, "bos_token_id": 1}')
+    (source / "LICENSE").write_text("Llama 2")
     import_reference(source, tmp_path / "roe")
     export_reference(tmp_path / "roe", tmp_path / "back")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "LICENSE"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
     settings = json.loads((tmp_path / "back" / "generation_config.json").read_text())
     assert settings == {"max_length": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
