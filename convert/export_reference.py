@@ -143,9 +143,16 @@ def check_expressible(config: dict, path: Path) -> None:
     with blamed_on(path):
         full = RoeLlavaConfig.from_dict(config)
     text = full.text_config
-    rope = text.rope_parameters if text.model_type == "llama" else {"rope_type": "default"}
+    if text.model_type != "llama":
+        raise ValueError(
+            f"{path} has text_config.model_type {text.model_type!r}, the published code can express 'llama', it routes "
+            "no other decoder"
+        )
+    rope, width = text.rope_parameters["rope_type"], text.hidden_size // text.num_attention_heads
     limits = {
-        "text_config.model_type": (text.model_type, text.model_type == "llama", "'llama', it routes no other decoder"),
+        "text_config.head_dim": (text.head_dim, text.head_dim in (None, width), f"{width}"),
+        "text_config.attention_bias": (text.attention_bias, not text.attention_bias, "False"),
+        "text_config.mlp_bias": (text.mlp_bias, not text.mlp_bias, "False"),
         "vision_config.model_type": (
             full.vision_config.model_type,
             full.vision_config.model_type == "clip_vision_model",
@@ -161,8 +168,8 @@ def check_expressible(config: dict, path: Path) -> None:
         "multimodal_projector_bias": (full.multimodal_projector_bias, full.multimodal_projector_bias, "True"),
         "quantization_config": (config.get("quantization_config"), not config.get("quantization_config"), "none"),
         "text_config.rope_parameters.rope_type": (
-            rope["rope_type"],
-            rope["rope_type"] in ("default", "linear", "dynamic"),
+            rope,
+            rope in ("default", "linear", "dynamic"),
             "'default', 'linear' or 'dynamic', as Transformers 4.31 knows them",
         ),
     }
@@ -213,7 +220,7 @@ def cut_vocabulary(files: dict[str, dict[str, StoredTensor]], config: dict, orig
 
     Returns: number of rows cut.
     """
-    size = config["text_config"]["vocab_size"]
+    size = config["text_config"].get("vocab_size")
     if origin is None or origin["padded_vocab_size"] != size:
         return 0
     old = origin["vocab_size"]
@@ -237,6 +244,8 @@ def published_config(
         made["mm_vision_tower"] = origin["config"].get("mm_vision_tower", TOWER_FOLDER)
         if same_model(origin["config"], made):
             flat = dict(origin["config"])
+            if "torch_dtype" in flat:  # it may have been trained and saved in another one
+                flat["torch_dtype"] = made["torch_dtype"]
         else:
             notes["config"] = "made anew: the model's configuration was changed since it was imported"
     if tower == "beside":

@@ -119,7 +119,7 @@ def plan_import(source: Source, routed: bool, vision_tower: str | Path | None) -
     tokenizer = open_tokenizer(source.folder)
     tokens = add_special_tokens(tokenizer, flat["vocab_size"], source.folder)
     padded = pad_vocabulary(layout, tokens)
-    dtype = DTYPES.get(next(iter(checkpoint.tensors.values())).dtype, "float32")
+    dtype = DTYPES.get(max(checkpoint.tensors.values(), key=lambda tensor: tensor.num_bytes).dtype, "float32")
     with blamed_on(path):
         text = text_config(flat)
     origin = provenance(source, flat, tower, tokens, describe_buffers(layout.buffers, text))

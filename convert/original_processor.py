@@ -112,7 +112,7 @@ def open_tokenizer(folder: Path):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"the tokenizer in {folder} cannot be read: {reason} (tokenizer.model needs the packages sentencepiece "
-                "and protobuf)"
+                "and protobuf: pip install 'roe-llava[import]')"
             ) from error
     if settings.get("add_bos_token") and tokenizer.is_fast:  # read from tokenizer.json alone where there is one
         tokenizer.add_bos_token = True

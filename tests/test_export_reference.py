@@ -107,6 +107,14 @@ def test_an_export_imports_again(tmp_path, imported):
         assert same(read_weights(tmp_path / f"{place}_again"), read_weights(imported))
 
 
+def test_config_says_the_dtype_a_model_was_saved_in(tmp_path, imported):
+    RoeLlavaForConditionalGeneration.from_pretrained(imported, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    export_reference(tmp_path / "half", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    weights = read_weights(tmp_path / "back")
+    assert weights["lm_head.weight"].dtype == torch.bfloat16 and len(weights["lm_head.weight"]) == 128
+
+
 def test_a_trained_and_saved_model_is_exported_with_its_weights(tmp_path, imported):
     model = RoeLlavaForConditionalGeneration.from_pretrained(imported)
     torch.manual_seed(0)
@@ -218,6 +226,12 @@ def test_other_decoders_are_refused(tmp_path):
     base = make_base(tmp_path / "base", config=tiny_config("mistral"))
     train(base).save_pretrained(tmp_path / "roe")
     refuses(r"text_config.model_type 'mistral', the published code can express 'llama'", tmp_path / "roe")
+
+
+def test_biases_that_the_published_decoder_does_not_have_are_refused(tmp_path):
+    base = make_base(tmp_path / "base", config=tiny_config(attention_bias=True))
+    train(base).save_pretrained(tmp_path / "roe")
+    refuses(r"text_config.attention_bias True, the published code can express False", tmp_path / "roe")
 
 
 def test_layers_without_a_router_are_refused(tmp_path):

@@ -86,6 +86,15 @@ def open_folder_alone(source, folder):
     return folder
 
 
+def test_dtype_is_that_of_the_weights_where_the_config_has_none(tmp_path):
+    source, _ = make_original(tmp_path, dtype=torch.float16)
+    change_json(source / "config.json", torch_dtype=None)
+    frequencies = 1 / 5000.0 ** (torch.arange(0, 8, 2) / 8)
+    change_weights(source, lambda weights: weights.update({"model.rotary_emb.inv_freq": frequencies}))
+    import_llava(source, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+
+
 def test_special_tokens_are_those_of_llava_hf(imported):
     tokenizer = AutoTokenizer.from_pretrained(imported[0])
     config = json.loads((imported[0] / "config.json").read_text())
@@ -307,6 +316,13 @@ def test_damaged_tokenizer_is_refused(tmp_path):
     source, _ = make_original(tmp_path)
     (source / "tokenizer.json").write_text("{")
     refuses(r"the tokenizer in .*checkpoint cannot be read", source)
+
+
+def test_tokenizer_model_that_cannot_be_read_is_refused_with_the_packages_it_needs(tmp_path):
+    source, _ = make_original(tmp_path)
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
+    refuses(r"the tokenizer in .*checkpoint cannot be read: .*sentencepiece and protobuf", source)
 
 
 def test_tokenizer_without_the_image_token_is_refused(tmp_path):
