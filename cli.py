@@ -15,6 +15,7 @@ COMMANDS = {
     "import-reference": ("convert.import_reference", "turn a checkpoint of the published RoE code into ours"),
     "export-reference": ("convert.export_reference", "turn a RoE checkpoint into the layout of the published code"),
     "graft": ("convert.graft", "put trained routing parts onto a LLaVA checkpoint"),
+    "verify": ("convert.verify", "check on real weights that routing changes nothing it should not, and what it saves"),
 }
 
 

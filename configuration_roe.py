@@ -6,7 +6,7 @@ boundaries and other training settings are arguments of the training, not of the
 
 from transformers import LlavaConfig
 
-ROUTING_POSITIONS = ("preceding", "first")
+ROUTING_POSITIONS = ("preceding", "first", "spread")
 ROUTING_QUESTIONS = ("last_turn", "all_text")
 ROUTING_FIELDS = ("adapter_size", "routed_layers", "routing_positions", "routing_question", "target_skip_ratio")
 
@@ -20,10 +20,12 @@ class RoeLlavaConfig(LlavaConfig):
         routed_layers (`list[int]`, *optional*):
             Decoder layers that have a router and may be skipped; the others always run. `None` routes every layer.
             Read when layers are built.
-        routing_positions (`"preceding"` or `"first"`, defaults to `"preceding"`):
+        routing_positions (`"preceding"`, `"first"` or `"spread"`, defaults to `"preceding"`):
             Rotary positions of the routing tokens, p0 being the position of a row's first real token. `"preceding"`:
             image token p0 - 2, text tokens p0 - 1. `"first"`: all at p0 + 1, as published inference with an attention
-            mask has it. Read at every prefill.
+            mask has it. `"spread"`: as published training has it, the image token at p0 - R and the text token of turn
+            t at p0 - R + t, R being 1 + the turns of the batch's longest conversation, so that a row depends on the
+            others; the same as `"preceding"` for one turn and at inference. Read at every prefill and training pass.
         routing_question (`"last_turn"` or `"all_text"`, defaults to `"last_turn"`):
             What the text routing token reads at inference: the question of the last turn, or everything from the first
             question to the last (earlier answers included, as in the published inference). Read at every prefill.
@@ -55,6 +57,12 @@ class RoeLlavaConfig(LlavaConfig):
             )
         if self.routed_layers is not None:
             self.routed_layers = self._checked_layers(self.routed_layers)
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        """As in Transformers; a stock LLaVA's config is one that leaves the routing fields out, and no mistake."""
+        content, kwargs = super().get_config_dict(*args, **kwargs)
+        return (content | {"model_type": cls.model_type} if content.get("model_type") == "llava" else content), kwargs
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -320,10 +320,11 @@ def empty_model(cls, config, routing_fields: dict, dtype: torch.dtype):
 def share_tensors(model, base) -> None:
     """Put a base's tensors into an empty model: parameters of their own on the same storage, buffers copied.
 
+    Either may have routing parts too; those are left alone.
+
     Raises: ValueError if the base has other parameters than the model.
     """
-    theirs = dict(base.named_parameters(remove_duplicate=False))
-    ours = split_routing_parts(dict(model.named_parameters(remove_duplicate=False)))[0]
+    theirs, ours = (split_routing_parts(dict(one.named_parameters(remove_duplicate=False)))[0] for one in (base, model))
     if odd := sorted(theirs.keys() ^ ours.keys()):
         raise ValueError(
             f"the loaded base differs from a stock one in {listed(odd)}: was something added to it (PEFT)?"

@@ -193,7 +193,7 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
         if self.router is None:
             return full
         logits = self.router(self.input_layernorm(states))
-        weights = path_weights(logits, routing.turn_mask.to(logits.device), routing.phase)
+        weights = path_weights(logits, routing.turn_mask.to(logits.device), routing.phase, self.layer_idx)
         routing.logits[self.layer_idx], routing.weights[self.layer_idx] = logits, weights
         # Routing token t moves with turn t; the image token, number 0, with the context.
         own = torch.arange(states.shape[1], device=tokens.device).expand(states.shape[0], -1)
@@ -325,9 +325,10 @@ class RoeLlavaPreTrainedModel(LlavaPreTrainedModel):
 
         Raises: ValueError for `use_reentrant=True`, whose gradients would lack what flows through routing tokens.
         """
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        settings = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})  # torch's own default is True
+        if settings["use_reentrant"] is not False:
             raise ValueError("use_reentrant=True loses the gradients of routing tokens: leave it out, or set it False")
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        super().activation_checkpointing_enable(settings, **kwargs)
 
 
 class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):

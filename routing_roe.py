@@ -8,7 +8,7 @@ B batch, L decoder layers, R routing tokens (1 image + turns), T turns, S sequen
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,13 +105,17 @@ def routing_position_ids(position_ids: Tensor, attention_mask: Tensor | None, nu
         num_tokens: R.
         mode: `config.routing_positions`.
     """
-    if mode not in ("preceding", "first"):  # set after the configuration was checked
-        raise ValueError(f"routing_positions must be 'preceding' or 'first', got {mode!r}")
+    if mode not in ("preceding", "first", "spread"):  # set after the configuration was checked
+        raise ValueError(f"routing_positions must be 'preceding', 'first' or 'spread', got {mode!r}")
     first = torch.zeros_like(position_ids[:, :1])
     if attention_mask is not None:
         first = (attention_mask != 0).long().argmax(dim=1, keepdim=True).to(position_ids.device)
     start = position_ids.gather(1, first)
-    offsets = [1] * num_tokens if mode == "first" else [-2] + [-1] * (num_tokens - 1)
+    offsets = {
+        "preceding": [-2] + [-1] * (num_tokens - 1),
+        "first": [1] * num_tokens,
+        "spread": list(range(-num_tokens, 0)),
+    }[mode]
     return start + torch.tensor(offsets, device=position_ids.device)
 
 
@@ -158,6 +162,22 @@ def checked_route_bias(route_bias, num_layers: int) -> list[float]:
 
 
 @dataclass(frozen=True)
+class SeededDraws:
+    """Random numbers for `RoutingPhase.draws` that depend on seed, layer and shape alone, not on global state.
+
+    Every pass gets the same ones, on every device and when gradient checkpointing runs a layer again; so losses of two
+    models can be compared under the same random decisions. In training, take another seed for every batch.
+    """
+
+    seed: int
+
+    def __call__(self, layer: int, like: Tensor) -> Tensor:
+        """Uniform in [0, 1), shaped like `like`."""
+        generator = torch.Generator().manual_seed(self.seed * 4096 + layer)  # only the lowest 32 bits count
+        return torch.rand(like.shape, generator=generator)
+
+
+@dataclass(frozen=True)
 class RoutingPhase:
     """How layers are chosen while training; a schedule replaces it as the run advances.
 
@@ -167,12 +187,16 @@ class RoutingPhase:
         temperature: divides the logits, > 0; not read by `"random"`.
         keep_bias: added to the keep logit or draw. 1 - sqrt(2 r) makes `"random"` skip a share r.
         gumbel: add Gumbel noise to the logits of `"hard"`.
+        draws: where `"random"` and `gumbel` get random numbers: called with a layer's index and its (B, T, 2) logits,
+            returns that shape, uniform in [0, 1); e.g. `SeededDraws(0)`. Has to answer the same when gradient
+            checkpointing asks again. `None`: torch's global generator.
     """
 
     mode: str = "soft"
     temperature: float = 1.0
     keep_bias: float = 0.0
     gumbel: bool = False
+    draws: Callable[[int, Tensor], Tensor] | None = None
 
     def __post_init__(self):
         if self.mode not in ("random", "soft", "hard"):
@@ -181,7 +205,23 @@ class RoutingPhase:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
 
 
-def path_weights(logits: Tensor, turn_mask: Tensor, phase: RoutingPhase) -> Tensor:
+def uniform_draws(layer: int, like: Tensor, phase: RoutingPhase) -> Tensor:
+    """Uniform random numbers in [0, 1) shaped like `like`, from `phase.draws` or torch's global generator.
+
+    Raises: ValueError if `phase.draws` answers with another shape.
+    """
+    if phase.draws is None:
+        return torch.rand_like(like)
+    draws = phase.draws(layer, like)
+    if draws.shape != like.shape:
+        raise ValueError(
+            f"draws returned shape {tuple(draws.shape)} for layer {layer}, expected (B, T, 2) = {tuple(like.shape)}; "
+            "were they made for another batch?"
+        )
+    return draws.to(like)
+
+
+def path_weights(logits: Tensor, turn_mask: Tensor, phase: RoutingPhase, layer: int = 0) -> Tensor:
     """Weights of the full and the skip path for the context and every turn (RoE, section 3; stages as in `phase`).
 
     The context has no router input of its own: it takes the mean of the turns' (biased) logits or draws.
@@ -190,11 +230,14 @@ def path_weights(logits: Tensor, turn_mask: Tensor, phase: RoutingPhase) -> Tens
         logits: (B, T, 2) raw router logits, keep first.
         turn_mask: (B, T) bool, the turns an example really has.
         phase: how to turn them into weights.
+        layer: index of the layer, for `phase.draws`.
     Returns: (B, 1 + T, 2) weights that sum to 1; row 0 is the context.
     """
-    scores = torch.rand_like(logits) if phase.mode == "random" else logits
+    scores = uniform_draws(layer, logits, phase) if phase.mode == "random" else logits
     if phase.mode == "hard" and phase.gumbel:
-        scores = scores - torch.empty_like(scores).exponential_().log()
+        # -log of a uniform number is exponential; torch's own never is 0.
+        drawn = -uniform_draws(layer, logits, phase).log() if phase.draws else torch.empty_like(scores).exponential_()
+        scores = scores - drawn.clamp(min=1e-30).log()
     scores = scores + scores.new_tensor([phase.keep_bias, 0.0])
     valid = turn_mask[..., None].to(scores.dtype)
     context = (scores * valid).sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True)
@@ -449,4 +492,4 @@ class RoutedAttentionConfig:
         return getattr(self.base_config, name)
 
 
-__all__ = ["Routing", "RoutingAttention", "RoutingPhase", "roe_loss"]
+__all__ = ["Routing", "RoutingAttention", "RoutingPhase", "SeededDraws", "roe_loss"]

@@ -5,13 +5,13 @@ and compared with the base the checkpoint names, or with `--base`. `--full` take
 tuned too: into a stock LLaVA folder and an adapter file that belongs to it.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME, base_record, difference, fingerprint, record_name
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
+from .copying import copy_weights_file
 from .fingerprint import TensorHasher, base_kinds, base_signatures, base_tensors
 from .graft import check_apart, total_bytes
 from .output import check_target, new_folder, write_json
@@ -251,7 +251,7 @@ def write_base_weights(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
     num_bytes = sum(file.num_bytes for file in files.values())
     with TensorHasher() as hasher, byte_progress(num_bytes, "copying") as progress:
         for name, file in files.items():
-            copy_file(file, folder / name, hasher, progress)
+            copy_weights_file(file, folder / name, hasher, progress)
         signatures = {name: hasher.signature(tensor) for name, tensor in base_tensors(checkpoint).items()}
     if len(files) > 1:
         weight_map = {tensor: name for name, file in files.items() for tensor in file.tensors}
@@ -271,16 +271,6 @@ def base_files(checkpoint: Checkpoint) -> dict[str, SafetensorsFile | BinFile | 
     if len(files) == 1:
         return {"model.safetensors": files[0]}
     return {f"model-{number:05d}-of-{len(files):05d}.safetensors": file for number, file in enumerate(files, 1)}
-
-
-def copy_file(file, path: Path, hasher: TensorHasher, progress: Callable[[int], object]) -> None:
-    """Write a weight file and hash its tensors on the way."""
-    with open(path, "wb") as copy:
-        for tensor, block in file.blocks():
-            copy.write(block)
-            if tensor is not None:
-                hasher.add(tensor, block)
-            progress(len(block))
 
 
 # ------------------------------------------------------------------------------------------------------ command line

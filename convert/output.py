@@ -4,6 +4,7 @@ A folder is built beside its place under a name of its own, flushed to the disk,
 by a rename first and deleted last, so that a complete copy exists at every moment.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,9 @@ except ImportError:  # not POSIX: leftovers are reported and not removed
     fcntl = None
 
 logger = logging.get_logger(__name__)
+
+# A full disk, a full quota, a file larger than the system or a limit allows.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -39,7 +43,7 @@ def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Args:
         target: where it shall be; a missing or an empty folder, or any folder with `overwrite`.
         overwrite: replace what is there, once the new folder is whole.
-    Raises: ValueError as `check_target`.
+    Raises: ValueError as `check_target`; OSError naming the target if there is no room for what is written.
     """
     target = Path(target).absolute()
     check_target(target, overwrite)
@@ -51,12 +55,24 @@ def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
         partial.chmod(0o777 & ~current_umask())  # mkdtemp makes private folders
         flush_tree(partial)
         put_in_place(partial, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise no_room(error, target) from error
         raise
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def no_room(error: OSError, target: Path) -> OSError:
+    """The error of a write for which there is no room, with what the system leaves out."""
+    free = shutil.disk_usage(target.parent).free
+    return OSError(
+        error.errno,
+        f"{os.strerror(error.errno)} while writing {target}: {free / 1e9:.2f} GB are free there now. What was written is "
+        "removed again, and nothing else was changed",
+    )
 
 
 def put_in_place(partial: Path, target: Path) -> None:

@@ -162,7 +162,7 @@ def test_a_boolean_attention_mask_means_the_same(model):
     )
 
 
-@pytest.mark.parametrize("mode", ["preceding", "first"])
+@pytest.mark.parametrize("mode", ["preceding", "first", "spread"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_given_position_ids_do_not_change_a_row(model, mode, side):
     model.config.routing_positions = mode
@@ -409,6 +409,12 @@ def test_routing_positions_are_read_from_the_config_when_used(model):
     preceding = model(**inputs).router_logits
     model.config.routing_positions = "first"
     assert not torch.allclose(model(**inputs).router_logits, preceding)
+
+
+def test_at_inference_spread_positions_are_the_preceding_ones(model):
+    preceding = model(**tiny.batch()).router_logits
+    model.config.routing_positions = "spread"
+    assert torch.equal(model(**tiny.batch()).router_logits, preceding)
 
 
 @pytest.mark.parametrize("mode", ["preceding", "first"])

@@ -14,6 +14,7 @@ from roe_llava.cache_roe import LayerRows
 from roe_llava.routing_roe import (
     RoutedAttentionConfig,
     RoutingAttention,
+    SeededDraws,
     checked_route_bias,
     checked_routes,
     default_segments,
@@ -144,6 +145,17 @@ def test_first_positions_are_one_behind_the_first_real_token():
     assert routing_position_ids(positions, mask, 2, "first").tolist() == [[3, 3]]
 
 
+def test_spread_positions_give_every_routing_token_its_own_place():
+    positions, mask = torch.arange(5)[None].expand(2, -1), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    assert routing_position_ids(positions, mask, 4, "spread").tolist() == [[-2, -1, 0, 1], [-4, -3, -2, -1]]
+
+
+def test_for_one_turn_spread_positions_are_the_preceding_ones():
+    positions, mask = torch.arange(5)[None], torch.tensor([[0, 0, 1, 1, 1]])
+    spread, preceding = (routing_position_ids(positions, mask, 2, mode) for mode in ("spread", "preceding"))
+    assert torch.equal(spread, preceding)
+
+
 def test_without_a_mask_the_row_begins_with_its_first_token():
     assert routing_position_ids(torch.arange(7, 10)[None], None, 2, "preceding").tolist() == [[5, 6]]
 
@@ -248,6 +260,39 @@ def test_the_random_phase_does_not_read_the_logits():
     torch.manual_seed(1)
     others = path_weights(logits + 100, torch.ones(1, 2).bool(), RoutingPhase("random"))
     assert torch.equal(ours, others) and not ours.requires_grad
+
+
+@pytest.mark.parametrize("phase", [{"mode": "random"}, {"mode": "hard", "gumbel": True}], ids=["random", "gumbel"])
+def test_seeded_draws_repeat_per_seed_and_layer_whatever_else_was_drawn(phase):
+    logits, turns = torch.zeros(4, 8, 2), torch.ones(4, 8).bool()
+
+    def weights(seed, layer):
+        torch.rand(1)
+        return path_weights(logits, turns, RoutingPhase(**phase, draws=SeededDraws(seed)), layer)
+
+    assert torch.equal(weights(5, 2), weights(5, 2))
+    assert not torch.equal(weights(5, 2), weights(5, 3))
+    assert not torch.equal(weights(5, 2), weights(6, 2))
+
+
+def test_the_random_phase_follows_given_draws():
+    draws = torch.tensor([[[0.9, 0.1], [0.1, 0.9]], [[0.3, 0.4], [0.4, 0.3]]])
+    phase = RoutingPhase("random", keep_bias=0.2, draws=lambda layer, like: draws)
+    assert path_weights(LOGITS, torch.ones(2, 2).bool(), phase)[:, 1:, 0].round().tolist() == [[1, 0], [1, 1]]
+
+
+def test_given_draws_make_gumbel_noise():
+    phase = RoutingPhase("hard", gumbel=True, draws=SeededDraws(1))
+    logits, turns = torch.zeros(1, 2000, 2), torch.ones(1, 2000).bool()
+    noise = -(-SeededDraws(1)(3, logits).log()).log()
+    weights = path_weights(logits + torch.tensor([1.0, 0.0]), turns, phase, layer=3)[:, 1:]
+    assert torch.equal(weights[..., 0] == 1, noise[..., 0] + 1 > noise[..., 1])
+
+
+def test_draws_of_another_shape_are_refused():
+    phase = RoutingPhase("random", draws=lambda layer, like: torch.rand(3, 2, 2))
+    with pytest.raises(ValueError, match=r"shape \(3, 2, 2\) for layer 1, expected .* \(2, 2, 2\); .*another batch"):
+        path_weights(LOGITS, TURNS, phase, layer=1)
 
 
 def test_an_unknown_mode_is_named():

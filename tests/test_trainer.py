@@ -8,7 +8,8 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from roe_llava import RoutingPhase
-from roe_llava.training.objective import Objective, routing_information
+from roe_llava.training.objective import Objective, published_loss, routing_information, skip_share
+from roe_llava.training.published import PublishedSchedule, published_recipe
 from roe_llava.training.schedule import StageSchedule, cosine_with_warmup
 from roe_llava.training.trainer import RoeTrainer, group_of, parameter_groups
 
@@ -140,6 +141,15 @@ def test_the_batch_budget_pulls_both_ways():
     assert losses[2] == pytest.approx(plain + abs(0.5 - share), abs=1e-5)
 
 
+def test_the_published_budget_is_the_published_loss():
+    model, inputs = learner(), tiny.batch()
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    outputs = model(**inputs)
+    expected = published_loss(outputs.logits, labels, skip_share(outputs), 0.5)
+    assert torch.equal(Objective(0.5, budget="published").loss(outputs, labels, stage=0), expected)
+    torch.testing.assert_close(expected, Objective(0.5).loss(outputs, labels, stage=0))  # every row has labels
+
+
 def test_an_unknown_budget_is_refused():
     with pytest.raises(ValueError, match="layer"):
         Objective(0.3, budget="layer")
@@ -170,7 +180,7 @@ def stack(examples):
     return {**batch, "routing_segments": segments}
 
 
-def trainer_for(model, folder, steps=8, schedule=None, objective=None, **settings):
+def trainer_for(model, folder, steps=8, schedule=None, objective=None, rates=RATES, collate=stack, **settings):
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -186,10 +196,10 @@ def trainer_for(model, folder, steps=8, schedule=None, objective=None, **setting
         model,
         schedule=schedule or StageSchedule(last_mode="hard"),
         objective=objective or Objective(0.3, budget="batch", information_weight=0.1),
-        rates=RATES,
+        rates=rates,
         args=arguments,
         train_dataset=rows(),
-        data_collator=stack,
+        data_collator=collate,
     )
 
 
@@ -275,3 +285,51 @@ def test_the_best_checkpoint_comes_back_whole(tmp_path):
     saved = type(model).from_pretrained(tmp_path / "checkpoint-4").state_dict()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
     assert any(not torch.equal(tensor, last[name]) for name, tensor in saved.items())
+
+
+# ----------------------------------------------------------------------------------------------------------- published
+
+
+def test_the_published_recipe_runs_every_micro_batch_as_published(tmp_path):
+    """200 micro-batches of accumulation 4: temperature and bias change within an optimizer step."""
+    model, recipe = tiny.tiny_model(), published_recipe(200, accumulation=4)
+    recipe.prepare(model)
+    assert (model.config.routing_positions, model.config.routing_question) == ("spread", "all_text")
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        steps=50,
+        schedule=recipe.schedule,
+        objective=recipe.objective,
+        rates=recipe.rates,
+        collate=recipe.collator(stack, model.config),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+    )
+    phases, rates, segments, compute = [], [], [], trainer.compute_loss
+
+    def watched(model, inputs, **kwargs):
+        phases.append(model.model.routing_phase)
+        rates.append({group["name"]: group["lr"] for group in trainer.optimizer.param_groups})
+        segments.append(inputs["routing_segments"][0].tolist())
+        return compute(model, inputs, **kwargs)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 28  # all three stages were seen
+
+    trainer.add_callback(Stop())
+    trainer.compute_loss = watched
+    trainer.train()
+    assert phases == [recipe.schedule.phase_at(micro_batch) for micro_batch in range(112)]
+    assert len({phase.temperature for phase in phases[60:64]}) == 4
+    for micro_batch, ours in enumerate(rates):
+        published = recipe.schedule.rates_at(micro_batch)
+        expected = [published["adapter"]] * 3 + [published["base"]]
+        assert list(ours.values()) == pytest.approx(expected, rel=1e-12), micro_batch
+    assert segments[0] == [0] * 6 + [1] * 4 + [-1] * 2  # the token behind the image counts as image
+
+
+def test_a_published_run_needs_whole_optimizer_steps():
+    with pytest.raises(ValueError, match="multiple of accumulation, got 1001 and 4"):
+        PublishedSchedule(1001, accumulation=4)

@@ -9,7 +9,7 @@ from tiny import NUM_LAYERS, layers_of
 from torch import nn
 
 from roe_llava import RoutingPhase
-from roe_llava.routing_roe import roe_loss, sparsity_penalty, token_loss_per_example
+from roe_llava.routing_roe import SeededDraws, roe_loss, sparsity_penalty, token_loss_per_example
 
 # Matrix products of another batch size round differently; logits are of order 1.
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -99,7 +99,7 @@ def test_the_hard_phase_gives_routers_gradients(learner):
 
 
 @pytest.mark.parametrize("mode", ["soft", "hard", "random"])
-@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": False}])
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": False}, {"determinism_check": "default"}])
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(trained, mode, kwargs):
     trained.model.routing_phase = RoutingPhase(mode, keep_bias=0.1)
     torch.manual_seed(5)
@@ -112,6 +112,24 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(trained, mode
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, msg=name)
+
+
+@pytest.mark.parametrize("phase", [{"mode": "random"}, {"mode": "hard", "gumbel": True}], ids=["random", "gumbel"])
+def test_gradient_checkpointing_repeats_seeded_draws(learner, phase):
+    learner.model.routing_phase = RoutingPhase(**phase, draws=SeededDraws(3))
+    outputs, expected = gradients(learner, conversations())
+    torch.rand(7)  # the global generator plays no part
+    learner.activation_checkpointing_enable(activation_checkpointing_kwargs={"preserve_rng_state": False})
+    again, found = gradients(learner, conversations())
+    assert torch.equal(again.loss, outputs.loss)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, msg=name)
+
+
+def test_layers_draw_their_own_numbers(learner):
+    learner.model.routing_phase = RoutingPhase("random", draws=SeededDraws(0))
+    weights = learner(**conversations()).turn_skip_weights.round()
+    assert not torch.equal(weights[..., 0], weights[..., 1])
 
 
 def test_gradient_checkpointing_really_recomputes_layers(learner):

@@ -36,6 +36,8 @@ class StageSchedule:
     tick: float = 0.005
     gumbel_end: float = 0.0
 
+    counts_micro_batches = False  # the phase stays for all micro-batches of an optimizer step
+
     def __post_init__(self):
         if not 0.0 <= self.target_skip_ratio <= 0.5:
             raise ValueError(f"target_skip_ratio must lie in [0, 0.5], got {self.target_skip_ratio}")
@@ -63,6 +65,17 @@ class StageSchedule:
         """Whether a parameter group learns: adapters always, routers from stage 1, the base in stage 2."""
         first = {"adapter": 0, "router": 1, "routing_tokens": 1, "base": 2}[group]
         return self.stage(progress) >= first
+
+    def rate_factor(self, group: str, step: int, steps: int) -> float:
+        """Learning rate of a group as a share of its peak: cosine with 5 % warm-up, 0 where it does not train.
+
+        Args:
+            group: name of the parameter group.
+            step: optimizer steps done.
+            steps: of the whole run.
+        """
+        progress = min(step / steps, 1.0)
+        return cosine_with_warmup(progress) * self.trains(group, progress)
 
 
 def cosine_with_warmup(progress: float, warmup: float = 0.05) -> float:

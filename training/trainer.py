@@ -5,7 +5,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
 from .objective import Objective, hard_skip_ratio
-from .schedule import StageSchedule, cosine_with_warmup
+from .published import PublishedSchedule
+from .schedule import StageSchedule
 
 GROUPS = ("adapter", "router", "routing_tokens", "base")
 
@@ -38,24 +39,40 @@ def parameter_groups(model, rates: dict[str, float]) -> list[dict]:
 class RoutingScheduleCallback(TrainerCallback):
     """Sets the model's routing phase before every step: a function of the step, so resuming needs no state."""
 
-    def __init__(self, schedule: StageSchedule):
+    def __init__(self, schedule: StageSchedule | PublishedSchedule):
         self.schedule = schedule
+        self.done = 0  # micro-batches of this optimizer step
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.done = 0
         model.model.routing_phase = self.schedule.phase(state.global_step / state.max_steps)
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        if self.schedule.counts_micro_batches:
+            self.done += 1
+            step = state.global_step + self.done / args.gradient_accumulation_steps
+            model.model.routing_phase = self.schedule.phase(step / state.max_steps)
 
 
 class RoeTrainer(Trainer):
     """`Trainer` for RoE: `RoeTrainer(model, schedule=..., objective=..., rates=..., args=..., train_dataset=..., ...)`.
 
     Args:
-        schedule: stages of the run.
+        schedule: stages of the run; `PublishedSchedule` for those of the published code.
         objective: loss of a step.
         rates: learning rate per parameter group; see `parameter_groups`.
         Others: as in `Trainer`. The scheduler is cosine with 5 % warm-up, switched per group by the stage.
     """
 
-    def __init__(self, model, *, schedule: StageSchedule, objective: Objective, rates: dict[str, float], **kwargs):
+    def __init__(
+        self,
+        model,
+        *,
+        schedule: StageSchedule | PublishedSchedule,
+        objective: Objective,
+        rates: dict[str, float],
+        **kwargs,
+    ):
         self.schedule, self.objective = schedule, objective
         self.groups = parameter_groups(model, rates)
         self._decisions: list[tuple[float, float]] = []  # (hard skip ratio, skip weight) since the last log
@@ -72,18 +89,14 @@ class RoeTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Cosine with warm-up; 0 for a group that does not train at its stage."""
+        """The schedule's share of every group's rate."""
         if self.lr_scheduler is None:
 
-            def multiplier(group):
-                def at(step):
-                    progress = min(step / num_training_steps, 1.0)
-                    return cosine_with_warmup(progress) * self.schedule.trains(group, progress)
-
-                return at
+            def factor_of(group):
+                return lambda step: self.schedule.rate_factor(group, step, num_training_steps)
 
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = LambdaLR(optimizer, [multiplier(group["name"]) for group in self.groups])
+            self.lr_scheduler = LambdaLR(optimizer, [factor_of(group["name"]) for group in self.groups])
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -128,7 +128,8 @@ def load(base: Path, roe: Path, grafted: Path) -> tuple[tuple, tuple, str]:
 
 def measure_times(base: tuple, roe: tuple, args: argparse.Namespace, progress) -> dict:
     """Batch-1 times of both models over a few questions of every family, in random order."""
-    from . import asking, timing
+    from ...benchmarks import timing
+    from . import asking
     from .evaluate import family_examples
     from .world import FAMILIES
 

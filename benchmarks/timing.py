@@ -1,6 +1,6 @@
 """Prefill and decoding time of a RoE-LLaVA against its base, in one process on the same inputs.
 
-Measuring only: `report` prints. CPU: nothing here synchronises an accelerator.
+Measuring only: others print.
 """
 
 import time
@@ -20,15 +20,16 @@ def ceiling(skip_ratio: float, adapter_cost: float, decoder_share: float = 1.0) 
 
     Args:
         skip_ratio: share s of (example, layer) pairs skipped, in [0, 1].
-        adapter_cost: cost a of an adapter over the cost of a layer, in [0, 1].
+        adapter_cost: cost a of an adapter over the cost of a layer, 0 or more.
         decoder_share: share d of the base's time that is spent in decoder layers, in [0, 1].
     Returns: 1 / (1 - d s (1 - a)); the routers and routing tokens are not in it, they are ours to pay.
-    Raises: ValueError if a share is outside [0, 1].
+    Raises: ValueError if a share is outside [0, 1], or the cost negative.
     """
-    given = {"skip_ratio": skip_ratio, "adapter_cost": adapter_cost, "decoder_share": decoder_share}
-    for name, share in given.items():
+    for name, share in {"skip_ratio": skip_ratio, "decoder_share": decoder_share}.items():
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"{name} must lie in [0, 1], got {share}")
+    if not adapter_cost >= 0.0:
+        raise ValueError(f"adapter_cost must not be negative, got {adapter_cost}")
     saved = decoder_share * skip_ratio * (1 - adapter_cost)
     return 1 / (1 - saved) if saved < 1 else float("inf")
 
@@ -47,6 +48,13 @@ def adapter_cost(roe: PreTrainedModel) -> float:
     return skip / full
 
 
+def now(device: torch.device) -> float:
+    """Seconds, after the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 @torch.inference_mode()
 def time_once(model: PreTrainedModel, inputs: BatchFeature, num_tokens: int) -> dict:
     """Seconds for one prompt: `prefill` is a forward pass over it, `decode` one generated token behind its cache.
@@ -55,13 +63,13 @@ def time_once(model: PreTrainedModel, inputs: BatchFeature, num_tokens: int) -> 
     Returns: {"prefill", "decode", "routes"}, routes `None` for a model that has none.
     """
     token = inputs["input_ids"][:, -1:]
-    start = time.perf_counter()
+    start = now(model.device)
     outputs = model(**inputs, use_cache=True, logits_to_keep=1)
-    prefilled = time.perf_counter()
+    prefilled = now(model.device)
     cache = outputs.past_key_values
     for _ in range(num_tokens):
         model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    done = time.perf_counter()
+    done = now(model.device)
     routes = getattr(outputs, "routes", None)
     return {"prefill": prefilled - start, "decode": (done - prefilled) / num_tokens, "routes": routes}
 
@@ -70,17 +78,17 @@ class LayerClock:
     """Seconds between entering a model's first decoder layer and leaving its last, added up over forward passes."""
 
     def __init__(self, layers: nn.ModuleList):
-        self.seconds = 0.0
+        self.seconds, self.device = 0.0, next(layers.parameters()).device
         self.handles = [
             layers[0].register_forward_pre_hook(self._enter),
             layers[-1].register_forward_hook(self._leave),
         ]
 
     def _enter(self, *_):
-        self.seconds -= time.perf_counter()
+        self.seconds -= now(self.device)
 
     def _leave(self, *_):
-        self.seconds += time.perf_counter()
+        self.seconds += now(self.device)
 
     def __enter__(self):
         return self
@@ -97,15 +105,15 @@ def decoder_shares(model: PreTrainedModel, prompts: Sequence[BatchFeature], num_
     with LayerClock(model.model.language_model.layers) as clock:
         for inputs in prompts:
             clock.seconds = 0.0
-            start = time.perf_counter()
+            start = now(model.device)
             cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-            shares["prefill"].append(clock.seconds / (time.perf_counter() - start))
+            shares["prefill"].append(clock.seconds / (now(model.device) - start))
             clock.seconds = 0.0
-            start = time.perf_counter()
+            start = now(model.device)
             for _ in range(num_tokens):
                 token = inputs["input_ids"][:, -1:]
                 model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            shares["decode"].append(clock.seconds / (time.perf_counter() - start))
+            shares["decode"].append(clock.seconds / (now(model.device) - start))
     return {part: median(values) for part, values in shares.items()}
 
 

@@ -1,0 +1,131 @@
+"""A Hub on this machine: serves folders as repositories with revisions, as `huggingface_hub` asks for them."""
+
+import hashlib
+import json
+import re
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+
+class Hub:
+    """Repositories and what was asked of them.
+
+    Attributes:
+        url: for `HF_ENDPOINT`.
+        unknown: requests about models that no part of the server knows; a test that leaves some has found a gap.
+    """
+
+    def __init__(self):
+        self.url, self.unknown = "", []
+        self.repos: dict[str, dict[str, Path]] = {}
+        self.names: dict[str, dict[str, str]] = {}
+
+    def add(self, repo_id: str, folder: Path, revision: str = "main") -> str:
+        """Serve a folder as a revision of a repository; its commit."""
+        commit = hashlib.sha1(f"{repo_id}@{revision}".encode()).hexdigest()
+        self.repos.setdefault(repo_id, {})[commit] = Path(folder)
+        self.names.setdefault(repo_id, {}).update({revision: commit, commit: commit})
+        return commit
+
+    def environment(self, cache: Path) -> dict[str, str]:
+        """What a process needs that is to use this Hub and an empty cache; read when its libraries are imported."""
+        return {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body: bool) -> None:
+        path = self.path.partition("?")[0]
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            self.describe(found[1], found[2] or "main", with_body)
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            self.list(*found.groups(), with_body)
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.file(*found.groups(), with_body)
+        else:
+            if path.startswith("/api/models"):  # the client may ask other things too, which it can do without
+                self.hub.unknown.append(f"{self.command} {self.path}")
+            self.refuse("EntryNotFound")
+
+    def describe(self, repo_id: str, revision: str, with_body: bool) -> None:
+        if (commit := self.commit(repo_id, revision)) is None:
+            return
+        folder = self.hub.repos[repo_id][commit]
+        files = [{"rfilename": str(path.relative_to(folder))} for path in sorted(folder.rglob("*")) if path.is_file()]
+        content = {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": files, "private": False}
+        self.send(json.dumps(content).encode(), {"Content-Type": "application/json"}, with_body)
+
+    def list(self, repo_id: str, revision: str, with_body: bool) -> None:
+        """Every file of a revision, folders not counted."""
+        if (commit := self.commit(repo_id, revision)) is None:
+            return
+        folder = self.hub.repos[repo_id][commit]
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        entries = [
+            {"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": digest(path)}
+            for path in files
+        ]
+        self.send(json.dumps(entries).encode(), {"Content-Type": "application/json"}, with_body)
+
+    def file(self, repo_id: str, revision: str, name: str, with_body: bool) -> None:
+        if (commit := self.commit(repo_id, revision)) is None:
+            return
+        path = self.hub.repos[repo_id][commit] / name
+        if not path.is_file():
+            self.refuse("EntryNotFound")
+            return
+        self.send(path.read_bytes(), {"ETag": f'"{digest(path)}"', "X-Repo-Commit": commit}, with_body)
+
+    def commit(self, repo_id: str, revision: str) -> str | None:
+        """Commit of a revision; answers the request if there is none."""
+        if repo_id not in self.hub.names:
+            self.refuse("RepoNotFound")
+        elif revision not in self.hub.names[repo_id]:
+            self.refuse("RevisionNotFound")
+        return self.hub.names.get(repo_id, {}).get(revision)
+
+    def send(self, content: bytes, headers: dict, with_body: bool, status: int = 200) -> None:
+        if status == 200 and (wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+            start, end = int(wanted[1]), int(wanted[2] or len(content) - 1)
+            headers = headers | {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
+            content, status = content[start : end + 1], 206
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+    def refuse(self, code: str) -> None:
+        self.send(b"{}", {"X-Error-Code": code}, self.command != "HEAD", status=404)
+
+    def log_message(self, *args):
+        """Nothing."""
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def running_hub():
+    """A `Hub` that listens on loopback while the block runs."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
