@@ -140,7 +140,7 @@ def stream_files(files: dict[str, StoredTensors], folder: Path | None, progress:
         files: name to content.
         folder: where to; `None` to read and check alone.
         progress: called with the number of bytes done since its last call.
-    Raises: ValueError naming a tensor that holds NaN or Inf; OSError naming the file that could not be written.
+    Raises: ValueError naming a tensor that holds NaN or Inf.
     """
     for name, file in files.items():
         if folder is None:
@@ -164,21 +164,15 @@ def checked_blocks(file: StoredTensors) -> Iterator[bytes]:
 
 def write_file(path: Path, file: StoredTensors, progress: Callable[[int], object]) -> None:
     """Write one file; see `stream_files`."""
-    blocks = checked_blocks(file)
-    try:
-        with open(path, "wb") as copy:
-            flusher = Flusher(copy)
-            try:
-                for block in blocks:
-                    copy.write(block)
-                    flusher.written(len(block))
-                    progress(len(block))
-            finally:
-                flusher.wait()
-    except OSError as error:  # `write` does not say which file it was
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, f"{error.strerror} ({file.num_bytes:,} bytes are needed)", str(path)) from error
+    with open(path, "wb") as copy:
+        flusher = Flusher(copy)
+        try:
+            for block in checked_blocks(file):
+                copy.write(block)
+                flusher.written(len(block))
+                progress(len(block))
+        finally:
+            flusher.wait()
 
 
 def numbered(

@@ -57,9 +57,6 @@ def download(repo_id: str, revision: str | None) -> Source:
     return Source(folder, repo_id, folder.name)
 
 
-__all__ = ["Source", "read_json", "resolve_source"]
-
-
 @contextmanager
 def blamed_on(path: Path) -> Iterator[None]:
     """Has errors of the libraries name the file they come from.
@@ -73,3 +70,6 @@ def blamed_on(path: Path) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} does not hold what Transformers needs: {type(error).__name__}: {reason}") from error
+
+
+__all__ = ["Source", "blamed_on", "read_json", "resolve_source"]

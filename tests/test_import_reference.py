@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from convert_helpers import change_json
+from hub_server import running_hub
 from original_helpers import FORM_IDS, FORMS, GOLDEN, change_weights, golden_source, llama_tokenizer, read_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -410,7 +410,7 @@ def test_targets_that_cannot_be_written_are_refused(tmp_path):
     assert read_weights(source)
 
 
-def test_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+def test_full_disk_names_the_target_and_leaves_nothing(tmp_path):
     """A limit on the size of files makes a write fail half-way, as a full disk does."""
     source, out = golden_source(tmp_path), tmp_path / "out"
     environment = os.environ | {"PYTHONPATH": str(Path(roe_llava.__file__).resolve().parent.parent)}
@@ -422,35 +422,32 @@ def test_full_disk_names_the_file_and_leaves_nothing(tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
     )
     assert done.returncode == 2, done.stderr
-    assert "model-00001-of-00001.safetensors" in done.stderr and "bytes are needed" in done.stderr
+    assert f"while writing {out}: " in done.stderr and "What was written is removed again" in done.stderr
     assert not out.exists() and not list(tmp_path.glob(".out*"))
 
 
-COMMIT = "0123456789abcdef" * 2 + "01234567"
-
-
-def put_into_hub_cache(cache, repo_id, folder):
-    """A folder as huggingface_hub keeps a downloaded repository."""
-    repo = cache / f"models--{repo_id.replace('/', '--')}"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "v1").write_text(COMMIT)
-    (repo / "refs" / "main").write_text(COMMIT)
-    shutil.copytree(folder, repo / "snapshots" / COMMIT)
-
-
 @pytest.mark.parametrize("place", ["inside", "beside"])
-def test_source_and_tower_may_be_hub_ids(tmp_path, monkeypatch, place, imported):
+def test_source_and_tower_may_be_hub_ids(tmp_path, place, imported):
     source = golden_source(tmp_path, "sharded_bin", place)
     change_json(source / "config.json", mm_vision_tower="someone/tower")
-    put_into_hub_cache(tmp_path / "hub", "someone/roe", source)
-    put_into_hub_cache(tmp_path / "hub", "someone/tower", tmp_path / "vision_tower")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    import_reference("someone/roe", tmp_path / "out", revision="v1")
+    tower_weights = tmp_path / "vision_tower" / "pytorch_model.bin"
+    with running_hub() as hub:
+        commit = hub.add("someone/roe", source, "v1")
+        if place == "inside":
+            torch.save({"vision_model.post_layernorm.weight": torch.zeros(32)}, tower_weights)
+        hub.add("someone/tower", tmp_path / "vision_tower")
+        environment = os.environ | hub.environment(tmp_path / "cache")
+        environment["PYTHONPATH"] = str(Path(roe_llava.__file__).resolve().parent.parent)
+        command = [sys.executable, "-m", "roe_llava", "import-reference", "someone/roe", "out", "--revision", "v1"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     origin = json.loads((tmp_path / "out" / "config.json").read_text())["original_layout"]
-    assert (origin["id"], origin["revision"], origin["vision_tower"]) == ("someone/roe", COMMIT, place)
+    assert (origin["id"], origin["revision"], origin["vision_tower"]) == ("someone/roe", commit, place)
     ours, first = read_weights(tmp_path / "out"), read_weights(imported)
     assert ours.keys() == first.keys() and all(torch.equal(ours[name], first[name]) for name in first)
+    # Weights of a tower that has its own inside are not downloaded.
+    tower = (tmp_path / "cache").rglob("models--someone--tower/snapshots/*/pytorch_model.bin")
+    assert len(list(tower)) == (place == "beside")
 
 
 def test_hub_id_that_cannot_be_had_is_refused(tmp_path, monkeypatch):
