@@ -11,6 +11,9 @@ import sys
 COMMANDS = {
     "demo": ("examples.tiny_world.demo", "answer held-out questions with the shipped model, base beside RoE"),
     "extract": ("convert.extract", "take the adapter file back out of a RoE checkpoint"),
+    "import-llava": ("convert.import_llava", "turn an original LLaVA-1.5 checkpoint into the layout of llava-hf"),
+    "import-reference": ("convert.import_reference", "turn a checkpoint of the published RoE code into ours"),
+    "export-reference": ("convert.export_reference", "turn a RoE checkpoint into the layout of the published code"),
     "graft": ("convert.graft", "put trained routing parts onto a LLaVA checkpoint"),
     "verify": ("convert.verify", "check on real weights that routing changes nothing it should not, and what it saves"),
 }

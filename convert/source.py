@@ -1,6 +1,8 @@
 """Where a checkpoint comes from: a folder, or the Hub through huggingface_hub."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,4 +57,19 @@ def download(repo_id: str, revision: str | None) -> Source:
     return Source(folder, repo_id, folder.name)
 
 
-__all__ = ["Source", "read_json", "resolve_source"]
+@contextmanager
+def blamed_on(path: Path) -> Iterator[None]:
+    """Has errors of the libraries name the file they come from.
+
+    Raises: ValueError with the reason, whatever kind of error it was; one that names the file already stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError | OSError) and str(path) in str(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} does not hold what Transformers needs: {type(error).__name__}: {reason}") from error
+
+
+__all__ = ["Source", "blamed_on", "read_json", "resolve_source"]

@@ -1,5 +1,7 @@
 """What a command did to the tensors of a checkpoint, as numbers and as text."""
 
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,8 +42,18 @@ class Summary:
             rows += [("", "...")] * (len(self.renamed) > 2)
         rows += [("added", f"{self.added} {self.added_what}, {self.added_bytes / 1e6:,.1f} MB")] * bool(self.added)
         rows += [("dropped", str(len(self.dropped)))]
-        rows += [("", f"{name}: {reason}") for name, reason in self.dropped.items()]
+        rows += [("", f"{name}: {reason}") for name, reason in grouped(self.dropped).items()]
         rows += [("base", self.fingerprint)] if self.fingerprint else []
         rows += self.lines.items()
         head = f"{'wrote' if self.written else 'dry run, nothing written to'} {self.out}"
         return "\n".join([head, *(f"  {label:<8} {text}" for label, text in rows)])
+
+
+def grouped(dropped: dict[str, str]) -> dict[str, str]:
+    """Names that differ in numbers alone, and have one reason, as one: "model.layers.*.inv_freq (32)"."""
+    patterns = {name: re.sub(r"\d+", "*", name) for name in dropped}
+    counts = Counter((patterns[name], reason) for name, reason in dropped.items())
+    return {
+        name if counts[patterns[name], reason] == 1 else f"{patterns[name]} ({counts[patterns[name], reason]})": reason
+        for name, reason in dropped.items()
+    }

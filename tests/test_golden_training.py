@@ -18,8 +18,8 @@ from golden_helpers import (
     NUM_LAYERS,
     PATCHES,
     gradients_by_published_name,
+    published_router,
     reference_model,
-    renamed,
     spliced,
     spliced_labels,
     unpacked,
@@ -89,11 +89,8 @@ def trainee(name):
     if settings["keepskew"]:
         skewed = {key.removeprefix("keepskew/"): RECORDED[key] for key in RECORDED if key.startswith("keepskew/")}
         assert len(skewed) == NUM_LAYERS
-        dummies = {f"model.adapter_{kind}_token.weight": torch.zeros(1, 1) for kind in ("image", "text")}
-        own = model.state_dict()
-        for key, weight in renamed(skewed | dummies).items():
-            if "router" in key:
-                own[key].copy_(weight)
+        for index, layer in enumerate(model.model.language_model.layers):
+            layer.router.weight.data.copy_(skewed[published_router(index)])
     return model, recipe
 
 
