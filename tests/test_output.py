@@ -1,15 +1,12 @@
 """Folders appear whole or not at all, whatever happens on the way."""
 
-import os
 import shutil
-import signal
-from pathlib import Path
 
 import pytest
 from convert_helpers import make_base, train
 
-from roe_llava.convert import copying, fingerprint, output, weights
 from roe_llava.convert import graft as graft_module
+from roe_llava.convert import output
 from roe_llava.convert.adapter_file import save_adapter
 from roe_llava.convert.graft import graft
 
@@ -85,69 +82,3 @@ def test_a_running_runs_half_is_left_alone(tmp_path):
         shutil.rmtree(tmp_path / "out")
         (running / "file").touch()
     assert (tmp_path / "out" / "file").exists()
-
-
-class Steps:
-    """Counts what a run does to the disk, and kills the process before the n-th step."""
-
-    def __init__(self, monkeypatch, fatal=None):
-        self.done, self.fatal = 0, fatal
-        for owner, name in (
-            (fingerprint, "open_copy"),
-            (copying, "file_blocks"),
-            (weights, "file_blocks"),
-            (output, "flush"),
-            (shutil, "copyfile"),
-            (shutil, "rmtree"),
-            (Path, "rename"),
-            (os, "unlink"),
-        ):
-            monkeypatch.setattr(owner, name, self.counted(getattr(owner, name)))
-
-    def counted(self, function):
-        def step(*args, **kwargs):
-            self.done += 1
-            if self.done == self.fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return step
-
-
-def run_killed(fatal: int, *args) -> bool:
-    """Graft over a folder in a process of its own that dies before step `fatal`; whether it died."""
-    process = os.fork()
-    if process == 0:
-        with pytest.MonkeyPatch.context() as patch:
-            Steps(patch, fatal)
-            graft(*args, overwrite=True)
-        os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(process, 0)[1])
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-@pytest.mark.parametrize("replaces", [False, True])
-def test_killed_at_any_step_leaves_an_old_or_a_new_folder(tmp_path, base, adapter, monkeypatch, replaces):
-    place, whole = tmp_path / "place", tmp_path / "whole"
-    place.mkdir()
-    out = place / "out"
-    with monkeypatch.context() as patch:
-        steps = Steps(patch)
-        graft(base, adapter, whole)
-        num_steps = steps.done
-    new = {path.name for path in whole.iterdir()}
-    states = set()
-    # Every step of putting the folder in place, and some of the many before.
-    for fatal in [*range(1, num_steps - 10, 11), *range(num_steps - 10, num_steps + 10)]:
-        shutil.rmtree(place)
-        place.mkdir()
-        if replaces:
-            out.mkdir()
-            (out / "old").touch()
-        died = run_killed(fatal, base, adapter, out)
-        found = {path.name for path in out.iterdir()} if out.exists() else set()
-        aside = [path for path in place.glob(".out.previous-*") if (path / "old").exists()]
-        assert found in (({"old"}, new) if replaces else (set(), new)) or (not found and aside), (fatal, found)
-        assert died or found == new
-        states.add((died, found == new))
-    assert states == {(True, False), (True, True), (False, True)}
