@@ -154,9 +154,11 @@ def measure(work: Path, rounds: int, layers: int) -> dict:
         num_bytes = make_base(base, config)
         make_adapter(adapter, base, config)
         found = {"cp": [], "graft": []}
+        turns = [("cp", partial(copied, base, out)), ("graft", partial(grafted, base, adapter, out))]
         for number in range(rounds):
-            found["cp"].append(copied(base, out))
-            found["graft"].append(grafted(base, adapter, out))
+            for name, run in turns:
+                found[name].append(run())
+            turns.reverse()  # what is in memory of the base's files favours neither
             print(f"round {number + 1}: {found['cp'][-1]} {found['graft'][-1]}", flush=True)
     finally:
         for folder in (base, adapter, out):
@@ -177,9 +179,10 @@ def summary(found: dict, num_bytes: int) -> dict:
         "graft_seconds": graft,
         "graft_process_seconds": median("graft", "process_seconds"),
         "peak_memory_bytes": max(one["peak_memory_bytes"] for one in found["graft"]),
-        # Of the base's bytes alone: what the graft adds is not credited to it.
-        "share_of_cp": cp / graft,
-        "share_of_cp_to_disk": cp_to_disk / graft,
+        # Of the base's bytes alone: what the graft adds is not credited to it. It ends when its folder is on the disk,
+        # so the second share is the fair one.
+        "share_of_cp_not_on_disk_yet": cp / graft,
+        "share_of_cp": cp_to_disk / graft,
         "base_bytes_per_second": num_bytes / graft,
     }
 
@@ -188,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", metavar="WORK", type=Path, help="empty folder to work in")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON to write")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=32, help="fewer for a quick look")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -199,10 +202,10 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
     print(
-        f"{result['base_bytes'] / 1e9:.1f} GB: cp {result['cp_seconds']:.1f} s, on the disk after "
-        f"{result['cp_to_disk_seconds']:.1f} s; graft {result['graft_seconds']:.1f} s, on the disk "
-        f"({result['share_of_cp']:.0%} of cp's speed, {result['share_of_cp_to_disk']:.0%} of cp to the disk); peak "
-        f"memory {result['peak_memory_bytes'] / 1e9:.2f} GB\nwrote {args.out}"
+        f"{result['base_bytes'] / 1e9:.1f} GB, until it is on the disk: cp {result['cp_to_disk_seconds']:.1f} s, graft "
+        f"{result['graft_seconds']:.1f} s ({result['share_of_cp']:.0%} of cp's speed; of cp without the wait for the "
+        f"disk, {result['cp_seconds']:.1f} s, {result['share_of_cp_not_on_disk_yet']:.0%}); peak memory "
+        f"{result['peak_memory_bytes'] / 1e9:.2f} GB\nwrote {args.out}"
     )
 
 

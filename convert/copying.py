@@ -1,15 +1,16 @@
 """Writing weight files at the speed of the disk: bytes are moved and hashed in one go, and flushed meanwhile."""
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from .fingerprint import TensorHasher
-from .weights import BinFile, SafetensorsFile, StoredTensors, file_blocks
+from .weights import BLOCK_SIZE, BinFile, SafetensorsFile, StoredTensors
 
 # How much may wait to reach the disk before it is asked to start: a copy is flushed while it is made, not after.
-FLUSH_EVERY = 256 * 2**20
+FLUSH_EVERY = 64 * 2**20
 
 
 class Flusher:
@@ -71,18 +72,31 @@ def copy_weights_file(
 
 
 def copy_file(file: SafetensorsFile, copy, flusher: Flusher, hasher: TensorHasher, progress) -> None:
-    """A file on this disk: its header, then its tensors, block by block wherever a thread of the hasher is free."""
-    for header in file_blocks(file.path, 0, file.data_start):
-        copy.write(header)
-    copy.flush()
-    try:
+    """A file on this disk: this thread has it copied, the hasher's threads read the same bytes apart."""
+    with open(file.path, "rb") as source:
+        copy_range(source, copy, 0, file.data_start)
         for tensor in file.tensors.values():
             for start, num_bytes in tensor.ranges():
-                hasher.add_range(tensor, start, num_bytes, copy_to=Path(copy.name))
+                hasher.add_range(tensor, start, num_bytes)
+                copy_range(source, copy, start, num_bytes)
                 flusher.written(num_bytes)
                 progress(num_bytes)
-    finally:
-        hasher.wait()
+
+
+def copy_range(source, target, start: int, num_bytes: int) -> None:
+    """Append a part of one open file to another, inside the system where it can do that.
+
+    Raises: ValueError if the source ends before.
+    """
+    while num_bytes > 0:
+        if sys.platform == "linux":
+            done = os.sendfile(target.fileno(), source.fileno(), start, num_bytes)
+        else:
+            source.seek(start)
+            done = target.write(source.read(min(num_bytes, BLOCK_SIZE)))
+        if not done:
+            raise ValueError(f"{source.name} ended while it was read: is another process writing it?")
+        start, num_bytes = start + done, num_bytes - done
 
 
 def write_blocks(file, copy, flusher: Flusher, hasher: TensorHasher | None, progress) -> None:

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from ..adapter_roe import base_record, fingerprint
@@ -23,20 +23,20 @@ PIECE_SIZE = 2**20
 
 
 class TensorHasher:
-    """Hashes tensors block by block in the background, and copies them on the way if asked to.
+    """Hashes tensors block by block in the background.
 
     Args:
-        num_threads: how many blocks to hash at once; as many wait, so memory stays at a few blocks.
+        num_threads: how many blocks to hash at once; two more than cores, since some will wait for the disk.
     """
 
     def __init__(self, num_threads: int | None = None):
-        self._num_threads = num_threads or min(4, (os.cpu_count() or 1) + 2)
-        self._pool = ThreadPoolExecutor(self._num_threads)
-        self._room = threading.Semaphore(2 * self._num_threads)
+        num_threads = num_threads or min(8, (os.cpu_count() or 1) + 2)
+        self._pool = ThreadPoolExecutor(num_threads)
+        # Blocks in memory are few; blocks that are read when their turn comes may be many, so that hashing goes on
+        # while the disk keeps the caller waiting.
+        self._room, self._room_on_disk = threading.Semaphore(2 * num_threads), threading.Semaphore(32)
         self._digests: dict[StoredTensor, list[Future]] = {}
         self._buffers = threading.local()
-        self._writing = threading.Lock()
-        self._error: BaseException | None = None
 
     def __enter__(self):
         return self
@@ -46,16 +46,11 @@ class TensorHasher:
 
     def add(self, tensor: StoredTensor, block: bytes) -> None:
         """Hash the next block of a tensor; waits while too many are in hand."""
-        self._submit(tensor, self._hash, block)
+        self._submit(tensor, self._room, lambda: hashlib.sha256(block).digest())
 
-    def add_range(self, tensor: StoredTensor, start: int, num_bytes: int, copy_to: Path | None = None) -> None:
-        """Read and hash the next block of a tensor: so many bytes of its file from `start` on.
-
-        Args:
-            copy_to: an existing file to write the same bytes to, at the same place.
-        Raises: what reading or writing an earlier block raised.
-        """
-        self._submit(tensor, self._read_and_hash, tensor.file, start, num_bytes, copy_to)
+    def add_range(self, tensor: StoredTensor, start: int, num_bytes: int) -> None:
+        """Read and hash the next block of a tensor: so many bytes of its file from `start` on."""
+        self._submit(tensor, self._room_on_disk, partial(self._hash_range, tensor.file, start, num_bytes))
 
     def add_all(self, tensor: StoredTensor, progress: Callable[[int], object]) -> None:
         """All blocks of a tensor, read where it is stored if that is known."""
@@ -68,54 +63,29 @@ class TensorHasher:
             self.add_range(tensor, start, num_bytes)
             progress(num_bytes)
 
-    def wait(self) -> None:
-        """Until every block in hand is done.
+    def _submit(self, tensor: StoredTensor, room: threading.Semaphore, digest: Callable[[], bytes]) -> None:
+        def run() -> bytes:
+            try:
+                return digest()
+            finally:
+                room.release()
 
-        Raises: what reading or writing one of them raised.
-        """
-        for _ in range(2 * self._num_threads):
-            self._room.acquire()
-        self._room.release(2 * self._num_threads)
-        if self._error is not None:
-            raise self._error
+        room.acquire()
+        self._digests.setdefault(tensor, []).append(self._pool.submit(run))
 
-    def _submit(self, tensor: StoredTensor, function, *args) -> None:
-        self._room.acquire()
-        if self._error is not None:
-            self._room.release()
-            raise self._error
-        self._digests.setdefault(tensor, []).append(self._pool.submit(self._run, function, *args))
-
-    def _run(self, function, *args) -> bytes:
-        try:
-            return function(*args)
-        except BaseException as error:
-            self._error = error
-            raise
-        finally:
-            self._room.release()
-
-    def _hash(self, block: bytes) -> bytes:
-        return hashlib.sha256(block).digest()
-
-    def _read_and_hash(self, path: Path, start: int, num_bytes: int, copy_to: Path | None) -> bytes:
-        # A small buffer that is used again stays in the processor's cache: hashing and writing find it there.
+    def _hash_range(self, path: Path, start: int, num_bytes: int) -> bytes:
+        # A small buffer that is used again stays in the processor's cache.
         if not hasattr(self._buffers, "view"):
             self._buffers.view = memoryview(bytearray(PIECE_SIZE))
         digest = hashlib.sha256()
-        with open(path, "rb", buffering=0) as file, open_copy(copy_to) as copy:
+        with open(path, "rb", buffering=0) as file:
             file.seek(start)
-            if copy is not None:
-                copy.seek(start)
             while num_bytes > 0:
                 piece = self._buffers.view[: min(num_bytes, PIECE_SIZE)]
                 piece = piece[: file.readinto(piece)]
                 if not piece:
                     raise ValueError(f"{path} ended while it was read: is another process writing it?")
                 digest.update(piece)
-                if copy is not None:
-                    with self._writing:
-                        write_all(copy, piece)
                 num_bytes -= len(piece)
         return digest.digest()
 
@@ -123,17 +93,6 @@ class TensorHasher:
         """ "F16 [2, 4] 0123456789abcdef" of a tensor whose blocks were all added."""
         blocks = self._digests.get(tensor, [])
         return f"{tensor.kind} {hashlib.sha256(b''.join(block.result() for block in blocks)).hexdigest()[:16]}"
-
-
-def open_copy(path: Path | None):
-    """A file that is there, for writing some of its bytes; a context that gives `None` for `None`."""
-    return nullcontext() if path is None else open(path, "r+b", buffering=0)
-
-
-def write_all(file, piece: memoryview) -> None:
-    """Write a piece to an unbuffered file, which may take less at a time."""
-    while piece:
-        piece = piece[file.write(piece) :]
 
 
 def base_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:

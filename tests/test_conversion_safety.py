@@ -14,7 +14,7 @@ import torch
 from convert_helpers import make_base, train
 from original_helpers import golden_source, make_original
 
-from roe_llava.convert import copying, fingerprint, output, weights
+from roe_llava.convert import copying, output, weights
 from roe_llava.convert.adapter_file import save_adapter
 from roe_llava.convert.export_reference import export_reference
 from roe_llava.convert.extract import extract
@@ -79,8 +79,7 @@ class Steps:
     def __init__(self, monkeypatch, fatal=None):
         self.done, self.fatal = 0, fatal
         for owner, name in (
-            (fingerprint, "open_copy"),
-            (copying, "file_blocks"),
+            (copying, "copy_range"),
             (weights, "file_blocks"),
             (output, "flush"),
             (shutil, "copyfile"),
