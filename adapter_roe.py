@@ -62,10 +62,33 @@ def is_unread(name: str) -> bool:
 
 
 def split_routing_parts(entries: dict) -> tuple[dict, dict]:
-    """(base, routing parts): the first under the names given, the second under their names in memory."""
+    """(base, routing parts): the first under the names given, the second under their names in memory.
+
+    Raises: ValueError if two names stand for one routing part.
+    """
     names = {name: renamed(name, ROE_KEYS) for name in entries}
     base = {name: entry for name, entry in entries.items() if names[name] is None}
-    return base, {names[name]: entry for name, entry in entries.items() if names[name] is not None}
+    return base, once_each(entries, {old: new for old, new in names.items() if new is not None})
+
+
+def once_each(entries: dict, names: dict[str, str]) -> dict:
+    """Entries under new names.
+
+    Args:
+        entries: old name to anything.
+        names: old name to new name, of the entries wanted.
+    Raises: ValueError if two entries get one name: only one of them would be read, and nobody can say which.
+    """
+    found, old_names = {}, {}
+    for old, new in names.items():
+        if new in found:
+            where = f" in {entries[old].file}" if hasattr(entries[old], "file") else ""
+            raise ValueError(
+                f"{old}{where} and {old_names[new]} are two names of one tensor, {new}: was a checkpoint saved over "
+                "one with other names? Remove the one that is not meant"
+            )
+        found[new], old_names[new] = entries[old], old
+    return found
 
 
 def listed(names: list[str], most: int = 3) -> str:

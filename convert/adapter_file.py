@@ -25,9 +25,10 @@ from ..adapter_roe import (
     read_info,
 )
 from .fingerprint import describe_base
-from .keys import ROE_KEYS, renamed
-from .output import new_folder, write_json
-from .state_dict import to_disk_names
+from .keys import MEMORY_PREFIX
+from .output import check_apart, new_folder, write_json
+from .source import resolve_source
+from .state_dict import split_routing_parts, split_signature, to_disk_names
 from .weights import SafetensorsFile, StoredTensor
 
 
@@ -45,20 +46,25 @@ def save_adapter(
         training: summary to store; has to fit into JSON.
         overwrite: replace the folder.
     Returns: the folder.
-    Raises: ValueError if parts are missing, have other shapes than the config says, or hold NaN or Inf.
+    Raises: ValueError if parts are missing, have other shapes than the config says, or hold NaN or Inf; if the base is
+        of other sizes than the config; or if the folder holds the base.
     """
     is_model = isinstance(model_or_tensors, torch.nn.Module)
     named = model_or_tensors.state_dict() if is_model else model_or_tensors
-    parts = {renamed(name, ROE_KEYS): tensor.detach() for name, tensor in named.items() if renamed(name, ROE_KEYS)}
-    base = describe_base(base) if isinstance(base, (str, Path)) else base
+    parts = {name: tensor.detach() for name, tensor in split_routing_parts(named)[1].items()}
+    if isinstance(base, str | Path):
+        base_source = resolve_source(base)
+        check_apart(Path(folder), base_source.folder)
+        base = describe_base(base)
     info = AdapterInfo.of_config(config, training, base)
     source = type(model_or_tensors).__name__
+    check_record_fits(base, info.sizes)
     check_routing_parts({name: tuple(tensor.shape) for name, tensor in parts.items()}, info.sizes, source)
     for name, tensor in parts.items():
         check_finite(name, tensor, source)
     try:
-        json.dumps(info.training)
-    except TypeError as error:
+        json.dumps(info.training, allow_nan=False)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"training has to fit into JSON: {error}; convert tensors and arrays to numbers") from error
     with new_folder(folder, overwrite) as partial:
         # Cloned: safetensors refuses tensors that share memory, and a view would be written as its whole base.
@@ -66,6 +72,25 @@ def save_adapter(
         save_file(stored, partial / WEIGHTS_NAME, metadata={"format": "pt"})
         write_json(partial / ABOUT_NAME, asdict(info))
     return Path(folder)
+
+
+def check_record_fits(base: dict | None, sizes: RoutingSizes) -> None:
+    """Check that the record of a base is one, and of a base of these sizes.
+
+    Raises: ValueError naming what differs.
+    """
+    if base is None:
+        return
+    if not isinstance(base, dict) or not isinstance(base.get("tensors"), dict):
+        raise ValueError(f"base is {base!r:.80}, expected a folder, a Hub id, or the record that describe_base makes")
+    norms = {f"{MEMORY_PREFIX}layers.{layer}.input_layernorm.weight" for layer in range(sizes.num_hidden_layers)}
+    found = {name for name in base["tensors"] if name.endswith(".input_layernorm.weight") and MEMORY_PREFIX in name}
+    shapes = {split_signature(base["tensors"][name])[0].partition(" ")[2] for name in found}
+    if found != norms or shapes != {f"[{sizes.hidden_size}]"}:
+        raise ValueError(
+            f"base {base.get('id')!r} has {len(found)} layers of hidden size {', '.join(sorted(shapes)) or 'none'}, "
+            f"the config {sizes.num_hidden_layers} of [{sizes.hidden_size}]: was the adapter trained on another base?"
+        )
 
 
 def open_adapter(folder: Path) -> tuple[AdapterInfo, dict[str, StoredTensor]]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME, base_record, difference, fingerprint, record_name
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
+from .completeness import check_base_complete
 from .copying import copy_weights_file
 from .fingerprint import TensorHasher, base_kinds, base_signatures, base_tensors
-from .graft import check_apart, total_bytes
-from .output import check_target, new_folder, write_json
+from .graft import total_bytes
+from .output import check_apart, check_target, new_folder, write_json
 from .routing_parts import RoutingParts, byte_progress, open_routing_parts
 from .source import Source, read_json, resolve_source
 from .state_dict import split_routing_parts, to_disk_names
@@ -201,6 +202,7 @@ def write_adapter(plan: Plan, record: dict, folder: Path) -> None:
 def extract_full(plan: Plan, out: Path, overwrite: bool, dry_run: bool) -> Summary:
     """Write the base weights as a stock folder, and the adapter file that belongs to them."""
     stock = find_stock_files(plan.where.folder, plan.config, used=plan.checkpoint.files)
+    check_base_complete(plan.checkpoint, stock.written["config.json"])
     if dry_run:
         signatures = read_signatures(plan.checkpoint, "checking")
     else:

@@ -8,14 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
+from .completeness import check_base_complete
 from .copying import copy_weights_file
 from .fingerprint import TensorHasher, base_kinds, base_signatures, base_tensors, fingerprint
 from .folder_files import Companions, find_companions, grafted_config, read_base_config, write_code, write_companions
-from .output import check_target, new_folder, write_json
+from .output import check_apart, check_target, new_folder, write_json
 from .routing_parts import RoutingParts, byte_progress, check_same_base, expected_base, open_routing_parts
-from .source import Source, resolve_source
+from .source import Source, blamed_on, resolve_source
 from .state_dict import RoutingSizes, check_fits, listed, split_routing_parts, text_prefix, to_disk_names
 from .summary import Summary
 from .weights import Checkpoint, StoredTensors, open_checkpoint
@@ -97,13 +100,6 @@ def graft(
     )
 
 
-def check_apart(out: Path, *sources: Path) -> None:
-    """Raises: ValueError if the target is one of the sources, or around one."""
-    for source in sources:
-        if source.resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"{out} holds {source}, which is read: give another target")
-
-
 def plan_graft(base: Source, roe: Source, check_base: bool) -> Plan:
     """Open everything and check what can be checked before the base is read.
 
@@ -113,7 +109,8 @@ def plan_graft(base: Source, roe: Source, check_base: bool) -> Plan:
     checkpoint = open_checkpoint(base.folder)
     prefix = checked_prefix(checkpoint)
     parts = open_routing_parts(roe)
-    whole = RoeLlavaConfig.from_dict(config | {"model_type": RoeLlavaConfig.model_type})
+    with blamed_on(base.folder / "config.json"):
+        whole = RoeLlavaConfig.from_dict(config | {"model_type": RoeLlavaConfig.model_type})
     check_fits(parts.info.sizes, RoutingSizes.of_config(whole), roe.folder, base.folder)
     expected = expected_base(parts, base.folder) if check_base else None
     plan = Plan(
@@ -125,8 +122,37 @@ def plan_graft(base: Source, roe: Source, check_base: bool) -> Plan:
         StoredTensors(to_disk_names(parts.tensors, prefix)),
         expected,
     )
+    check_names(checkpoint)
+    check_base_complete(checkpoint, config)
     plan.check_base(base_kinds(checkpoint))
+    if plan.companions.processor is not None:
+        check_image_token(base.folder, config, plan.companions.processor["image_token"])
+    with blamed_on(roe.folder):
+        grafted_config(config, parts.info.routing_fields, provenance(plan, ""))  # so that a dry run finds what is wrong
     return plan
+
+
+def check_names(checkpoint: Checkpoint) -> None:
+    """Raises: ValueError if two weight files would get one name in the result."""
+    names = [*map(copied_name, checkpoint.files), ROE_FILE]
+    if twice := [name for name in checkpoint.files if names.count(copied_name(name)) > 1]:
+        raise ValueError(
+            f"{twice[0]} in {checkpoint.folder} would be written as {copied_name(twice[0])}, as another file is: "
+            "rename it"
+        )
+
+
+def check_image_token(folder: Path, config: dict, token: str) -> None:
+    """Raises: ValueError if the base's tokenizer does not know the image token, or by another id than the model."""
+    with blamed_on(folder / "tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    found, expected = tokenizer.get_vocab().get(token), RoeLlavaConfig.from_dict(config).image_token_id
+    if found != expected:
+        raise ValueError(
+            f"the tokenizer in {folder} has {'no ' if found is None else ''}image token {token!r}"
+            f"{'' if found is None else f' with id {found}'}, the model expects id {expected} (image_token_index in "
+            "config.json): do tokenizer and weights belong together?"
+        )
 
 
 def checked_prefix(checkpoint: Checkpoint) -> str:
@@ -170,7 +196,7 @@ def provenance(plan: Plan, base_fingerprint: str) -> dict:
     """Where the weights of the grafted model come from, for its config."""
     known = plan.parts.info.base or {}
     is_known = known.get("fingerprint") == base_fingerprint  # its id says more than a local folder's name
-    base_id, revision = (known["id"], known["revision"]) if is_known else (plan.base.id, plan.base.revision)
+    base_id, revision = (known.get("id"), known.get("revision")) if is_known else (plan.base.id, plan.base.revision)
     return {
         "base": {"id": base_id, "revision": revision, "fingerprint": base_fingerprint},
         "training": plan.parts.info.training,

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, LlavaProcessor
 
 from ..configuration_roe import RoeLlavaConfig
 from .folder_files import grafted_config, write_code
-from .graft import ROE_FILE, check_apart, total_bytes
+from .graft import ROE_FILE, total_bytes
 from .made_tensors import numbered, padded_rows, stream_files
 from .original_config import DTYPES, FORMAT_VERSION, check_sizes, llava_config, read_flat_config, text_config
 from .original_layout import Layout, adapter_size, check_complete, describe_buffers, rename_original
@@ -23,7 +23,7 @@ from .original_processor import (
     open_tokenizer,
 )
 from .original_vision import INSIDE, Tower, check_tower_sizes, find_tower, tower_names
-from .output import check_target, new_folder, write_json
+from .output import check_apart, check_target, new_folder, write_json
 from .routing_parts import byte_progress
 from .source import Source, blamed_on, resolve_source
 from .state_dict import RoutingSizes, check_routing_parts, split_routing_parts

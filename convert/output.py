@@ -5,6 +5,7 @@ by a rename first and deleted last, so that a complete copy exists at every mome
 """
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -27,13 +28,24 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raises: ValueError if a target exists and is not to be overwritten, or its parent is not there."""
+    """Raises: ValueError if a target exists and is not to be overwritten, or it is not one that can be replaced."""
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise ValueError(f"{target} is the folder you are in, or around it: name a folder of its own (was OUT empty?)")
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent} is not a folder: create it first, or give another target than {target}")
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, expected a folder to write or a free name")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"{target} exists and is not empty: give another target, or overwrite it (--overwrite)")
+
+
+def check_apart(out: Path, *sources: Path) -> None:
+    """Raises: ValueError if a target is one of the sources, or around one or the files that its links lead to."""
+    out = out.resolve()
+    for source in sources:
+        read = [source, *source.iterdir()] if source.is_dir() else [source]
+        if inside := [path for path in read if path.resolve().is_relative_to(out)]:
+            raise ValueError(f"{out} holds {inside[0]}, which is read: give another target")
 
 
 @contextmanager
@@ -47,6 +59,8 @@ def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     target = Path(target).absolute()
     check_target(target, overwrite)
+    if target.is_symlink():
+        target = target.resolve()  # what the link leads to is replaced, not the link
     report_leftovers(target)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     lock = lock_folder(partial)
@@ -80,7 +94,13 @@ def put_in_place(partial: Path, target: Path) -> None:
     previous = None
     if target.is_dir() and any(target.iterdir()):
         previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.previous-", dir=target.parent))
-        target.rename(previous)  # onto an empty folder: nobody else can have taken the name
+        try:
+            target.rename(previous)  # onto an empty folder: nobody else can have taken the name
+        except OSError as error:
+            previous.rmdir()
+            raise OSError(
+                error.errno, f"{target} cannot be set aside ({error.strerror}): is it a mount point?"
+            ) from error
     try:
         partial.rename(target)
     except OSError:
@@ -91,19 +111,22 @@ def put_in_place(partial: Path, target: Path) -> None:
     if previous is not None:  # renamed first: what is called previous is always complete
         discarded = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         previous.rename(discarded)
-        shutil.rmtree(discarded)
+        try:
+            shutil.rmtree(discarded)
+        except OSError as error:  # the new folder is in place, which is what was asked for
+            logger.warning(f"{target} is written, but the old folder, now {discarded}, cannot be removed: {error}")
 
 
 def report_leftovers(target: Path) -> None:
     """Remove what a killed run left half done, and say where it left the old folder."""
-    for partial in target.parent.glob(f".{target.name}.partial-*"):
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         lock = lock_folder(partial)
         if lock is None:  # at work, or no way to tell
             continue
         logger.warning(f"removing {partial}, left by a run that was interrupted")
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
-    for previous in target.parent.glob(f".{target.name}.previous-*"):
+    for previous in target.parent.glob(f".{glob.escape(target.name)}.previous-*"):
         if any(previous.iterdir()):
             logger.warning(f"{previous} holds the complete folder that an interrupted run was replacing")
 

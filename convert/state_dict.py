@@ -11,6 +11,7 @@ from ..adapter_roe import (
     check_routing_parts,
     difference,
     listed,
+    once_each,
     routing_shapes,
     split_routing_parts,
     split_signature,
@@ -22,8 +23,10 @@ def canonical_base(entries: dict) -> dict:
     """A base's entries under their names in memory, so that two layouts of one base compare equal.
 
     Buffers that no model reads are left out. A name no pattern knows stays as it is.
+
+    Raises: ValueError if two names stand for one tensor.
     """
-    return {renamed(name, BASE_KEYS) or name: entry for name, entry in entries.items() if not is_unread(name)}
+    return once_each(entries, {name: renamed(name, BASE_KEYS) or name for name in entries if not is_unread(name)})
 
 
 def to_disk_names(parts: dict, prefix: str = DISK_PREFIX) -> dict:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from convert_helpers import NUM_LAYERS, change_json, change_tensors, make_base, train
+from convert_helpers import NUM_LAYERS, change_json, change_tensors, make_base, tiny_config, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -17,19 +17,9 @@ ROUTER_1 = "language_model.model.layers.1.router.weight"
 DOWN_1 = "language_model.model.layers.1.adapter.down_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"), processor=False)
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    return train(base)
-
-
 @pytest.fixture
-def adapter(tmp_path, base, model):
-    return save_adapter(model, model.config, tmp_path / "adapter", base=base, training={"steps": 3})
+def model(trained):
+    return trained
 
 
 def test_adapter_holds_every_routing_tensor_and_nothing_else(adapter, model):
@@ -179,3 +169,26 @@ def test_missing_weights_are_named(adapter):
 def test_json_needs_no_tensor_library(adapter):
     content = json.loads((adapter / "roe_adapter.json").read_text())
     assert content["routing_positions"] == "preceding" and content["base"]["revision"] is None
+
+
+def test_the_base_is_never_overwritten_by_its_adapter(base_copy, trained):
+    with pytest.raises(ValueError, match="which is read: give another target"):
+        save_adapter(trained, trained.config, base_copy, base=base_copy, overwrite=True)
+    assert (base_copy / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("record", [5, {"x": 1}, {"tensors": None}])
+def test_what_is_no_record_of_a_base_is_refused(tmp_path, trained, record):
+    with pytest.raises(ValueError, match="expected a folder, a Hub id, or the record"):
+        save_adapter(trained, trained.config, tmp_path / "adapter", base=record)
+
+
+def test_base_of_other_sizes_is_refused_when_saving(tmp_path, trained):
+    other = make_base(tmp_path / "other", config=tiny_config(num_hidden_layers=2))
+    with pytest.raises(ValueError, match=r"has 2 layers of hidden size \[16\], the config 3 of \[16\]"):
+        save_adapter(trained, trained.config, tmp_path / "adapter", base=other)
+
+
+def test_training_summary_with_nan_is_refused(tmp_path, trained):
+    with pytest.raises(ValueError, match="fit into JSON"):
+        save_adapter(trained, trained.config, tmp_path / "adapter", training={"loss": float("nan")})

@@ -311,3 +311,16 @@ def test_command_line(tmp_path, base, grafted, capsys):
     assert main(["extract", str(grafted), out, "--full", "--overwrite"]) == 0
     shutil.rmtree(grafted)
     assert main(["graft", f"{out}/base", f"{out}/adapter", str(grafted)]) == 0
+
+
+def test_full_extraction_of_an_incomplete_checkpoint_is_refused(tmp_path, grafted):
+    """Its fingerprint differs from the named base's, as a tuned one's does; stock LLaVA would fill it up at random."""
+    name = "language_model.model.layers.1.self_attn.q_proj.weight"
+    index = grafted / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    change_tensors(grafted / content["weight_map"].pop(name), lambda tensors: tensors.pop(name))
+    index.write_text(json.dumps(content))
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=r"lacks model.language_model.layers.1.self_attn.q_proj.weight"):
+            extract(grafted, tmp_path / "out", full=True, dry_run=dry_run)
+    assert not (tmp_path / "out").exists()

@@ -192,3 +192,79 @@ def test_impossible_targets_are_refused(tmp_path, base, adapter):
     with pytest.raises(ValueError, match="which is read: give another target"):
         graft(base, adapter, adapter, overwrite=True)
     assert read_adapter(adapter)
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path, base_copy, adapter):
+    """Transformers would load either of them; the fingerprint would be that of the other."""
+
+    def add_stray(tensors):
+        name = "language_model.model.layers.0.self_attn.q_proj.weight"
+        tensors["model.language_model.layers.0.self_attn.q_proj.weight"] = torch.zeros_like(tensors[name])
+
+    change_tensors(base_copy / "model.safetensors", add_stray)
+    refuses("are two names of one tensor", base_copy, adapter, tmp_path / "out")
+
+
+def test_two_names_of_one_routing_part_are_refused(tmp_path, base, adapter):
+    def add_stray(tensors):
+        name = "language_model.model.layers.0.router.weight"
+        tensors["model.language_model.layers.0.router.weight"] = torch.zeros_like(tensors[name])
+
+    change_tensors(adapter / "roe_adapter.safetensors", add_stray)
+    refuses("are two names of one tensor", base, adapter, tmp_path / "out")
+    with pytest.raises(ValueError, match="are two names of one tensor"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("language_model.model.layers.1.self_attn.q_proj.weight"), "lacks .*layers.1.self_attn.q_proj"),
+        (lambda t: t.update(stray=torch.zeros(2)), "stray in .*model.safetensors is no tensor of the model"),
+        (lambda t: t.update({"language_model.model.norm.weight": torch.zeros(3)}), r"shape \[3\], expected \[16\]"),
+        (
+            lambda t: t.update({"language_model.model.norm.weight": torch.zeros(16).char()}),
+            "is I8, expected one of F64",
+        ),
+    ],
+)
+def test_base_that_is_not_what_its_config_says_is_refused_even_unchecked(tmp_path, base_copy, adapter, change, message):
+    change_tensors(base_copy / "model.safetensors", change)
+    refuses(message, base_copy, adapter, tmp_path / "out", check_base=False)
+
+
+def test_shard_that_would_be_overwritten_by_the_routing_parts_is_refused(tmp_path, base_copy, adapter):
+    (base_copy / "model.safetensors").rename(base_copy / "model-roe.safetensors")
+    names = load_file(base_copy / "model-roe.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-roe.safetensors")}
+    (base_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses("would be written as model-roe.safetensors", base_copy, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("token", ["<picture>", "USER:"])
+def test_tokenizer_that_does_not_know_the_image_token_by_its_id_is_refused(tmp_path, base_copy, adapter, token):
+    change_json(base_copy / "processor_config.json", image_token=token)
+    refuses("image token .* the model expects id 4", base_copy, adapter, tmp_path / "out")
+
+
+def test_damaged_tokenizer_is_refused(tmp_path, base_copy, adapter):
+    (base_copy / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    refuses("tokenizer.json", base_copy, adapter, tmp_path / "out")
+
+
+def test_dry_run_refuses_what_the_run_would(tmp_path, base, adapter):
+    change_json(adapter / "roe_adapter.json", routing_question="nobody")
+    for dry_run in (True, False):
+        refuses("routing_question", base, adapter, tmp_path / "out", dry_run=dry_run)
+
+
+def test_base_whose_files_are_links_into_the_target_is_refused(tmp_path, base_copy, adapter):
+    out, links = tmp_path / "out", tmp_path / "links"
+    base_copy.rename(out)
+    links.mkdir()
+    for path in out.iterdir():
+        (links / path.name).symlink_to(path)
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(ValueError, match="which is read: give another target"):
+        graft(links, adapter, out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == before

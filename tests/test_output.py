@@ -82,3 +82,46 @@ def test_a_running_runs_half_is_left_alone(tmp_path):
         shutil.rmtree(tmp_path / "out")
         (running / "file").touch()
     assert (tmp_path / "out" / "file").exists()
+
+
+@pytest.mark.parametrize("target", ["", ".", "..", "work"])
+def test_the_folder_one_is_in_is_never_replaced(tmp_path, monkeypatch, target):
+    (tmp_path / "work" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / ("inner" if target == ".." else "."))
+    target = tmp_path / "work" if target == "work" else target
+    with pytest.raises(ValueError, match="is the folder you are in"), output.new_folder(target, overwrite=True):
+        pass
+    assert (tmp_path / "work" / "inner").is_dir()
+
+
+def test_leftovers_of_other_targets_are_left_alone(tmp_path):
+    (tmp_path / ".other.partial-x").mkdir()
+    with output.new_folder(tmp_path / "*") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / ".other.partial-x").is_dir() and (tmp_path / "*" / "file").exists()
+
+
+def test_a_link_keeps_leading_to_the_new_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with output.new_folder(tmp_path / "link", overwrite=True) as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "real").iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_an_old_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    messages = []
+    monkeypatch.setattr(output.logger, "warning", messages.append)
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    with output.new_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new").touch()
+        monkeypatch.setattr(output.shutil, "rmtree", refuse)
+    assert (tmp_path / "out" / "new").exists()
+    assert "cannot be removed" in messages[0] and ".out.partial-" in messages[0]
