@@ -7,10 +7,11 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache
+from transformers.generation import GenerationMode
 from transformers.utils import logging
 
-from .cache_roe import RoeCache
+from .cache_roe import RoeCache, adopt_cache
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +30,9 @@ class RoeGenerationMixin:
             routes: (B, L) or (L,) bool, pins the route; no router runs.
             route_bias: number, or (L,), added to the keep logits; +inf keeps a layer, -inf skips it.
             skip_ratio: wanted share of skipped layers; 0.0 keeps every layer, anything else needs a calibrated model.
-            Others: as in Transformers; `past_key_values` has to be a `RoeCache`.
+            Others: as in Transformers. `past_key_values` may be a `RoeCache`, or an empty `DynamicCache`, `StaticCache`
+                or `QuantizedCache`, which learns the routes and can be continued; as with `cache_implementation=
+                "static"` or `"quantized"`, rows that skip a layer other rows keep compute it for nothing.
         Raises: ValueError for what would change the answer in silence; the message says what to do instead.
         """
         if skip_ratio is not None:
@@ -66,13 +69,20 @@ class RoeGenerationMixin:
             model_kwargs["routing_segments"] = self.model.segments_of(input_ids, inputs_embeds, attention_mask)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 "prefill_chunk_size is not supported: the route would be decided from the first chunk of the prompt. "
                 "Leave it unset"
             )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            check_drafting(generation_config, model_kwargs, batch_size)
+        name = generation_config.cache_implementation
+        if name is not None and name.startswith("offloaded") and self.device.type == "cpu":
+            raise ValueError(
+                f"cache_implementation={name!r} moves keys off a GPU and the model is on the CPU: unset it"
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
         cache = model_kwargs.get("past_key_values")
         if self.training and self.is_gradient_checkpointing:
             raise ValueError(
@@ -84,11 +94,11 @@ class RoeGenerationMixin:
                     "generate(use_cache=False) in training mode would mix both paths of every layer: call model.eval()"
                 )
             return
-        if type(cache) is DynamicCache and not cache.offloading and not getattr(cache, "_is_user_defined", False):
-            cache = model_kwargs["past_key_values"] = RoeCache(self.config)
+        if type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False):
+            cache = model_kwargs["past_key_values"] = RoeCache(self.config, offloading=cache.offloading)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
-        check_holds_routes(cache)
+        adopt_cache(cache)
         # On the cache and not among the model's arguments: the first forward pass reads them there, later ones and an
         # assistant model never see them.
         cache.leave_request({name: model_kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in model_kwargs})
@@ -117,14 +127,25 @@ def bias_for_skip_ratio(skip_ratio: float, routes, route_bias) -> float:
     return math.inf
 
 
-def check_holds_routes(cache) -> None:
-    """Raises: ValueError if a cache cannot hold routes and rows of different lengths per layer."""
-    if hasattr(cache, "take_request"):
-        return
-    raise ValueError(
-        f"a {type(cache).__name__} cannot hold routes or leave out the rows that skip a layer: leave past_key_values "
-        "and cache_implementation unset, or pass RoeCache(model.config)"
-    )
+def check_drafting(generation_config, model_kwargs: dict, batch_size: int) -> None:
+    """Raises: ValueError if drafts (prompt lookup, an assistant) meet a batch or a cache that cannot forget tokens."""
+    way = "prompt_lookup_num_tokens" if generation_config.prompt_lookup_num_tokens else "assistant_model"
+    cache, name = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+    if batch_size > 1:
+        raise ValueError(
+            f"{way} with a batch of {batch_size}: drafts are for one row. Leave it out, or call row by row"
+        )
+    if generation_config.use_cache is False:
+        raise ValueError(f"{way} with use_cache=False: drafts need a cache. Leave use_cache out")
+    # cache_implementation first: it makes a cache only later, and "offloaded" a croppable one.
+    refused = name if name not in (None, "dynamic", "offloaded") else None
+    if cache is not None and (isinstance(cache, QuantizedCache) or not cache.is_croppable):
+        refused = type(cache).__name__
+    if refused is not None:
+        raise ValueError(
+            f"{way} with a {refused} cache: refused drafts are cropped, which this cache cannot do. Leave "
+            "past_key_values and cache_implementation unset, or pass RoeCache(model.config)"
+        )
 
 
 def pad_on_the_left(inputs: Tensor | None, kwargs: dict) -> Tensor | None:
