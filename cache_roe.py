@@ -50,8 +50,11 @@ class RouteKeeper:
     """
 
     holds_all_rows = True
-    # The model's forward is never compiled as one graph: which layers run differs from route to route.
-    is_compileable = False
+
+    @property
+    def given_class(self) -> str:
+        """The name under which a caller knows the cache."""
+        return type(self).__name__.removeprefix("Routed")
 
     def forget_routes(self) -> None:
         """Be as before the first forward pass."""
@@ -68,7 +71,7 @@ class RouteKeeper:
         self.rows = rows
         if self.holds_all_rows and any(layer_rows.kept is not None for layer_rows in rows):
             logger.warning_once(
-                f"a {type(self).__name__} holds all rows of a batch, so rows that skip a layer compute it for nothing "
+                f"a {self.given_class} holds all rows of a batch, so rows that skip a layer compute it for nothing "
                 "where others keep it. A RoeCache does not; neither does a batch whose rows share one route"
             )
 
@@ -119,7 +122,7 @@ class RouteKeeper:
             length = -1 if layer.is_sliding else layer.get_max_length()
             if 0 <= length < self.tokens_seen + num_tokens:
                 raise ValueError(
-                    f"a {type(self).__name__} of max_cache_len={length} holds {self.tokens_seen} tokens and has no "
+                    f"a {self.given_class} of max_cache_len={length} holds {self.tokens_seen} tokens and has no "
                     f"room for {num_tokens} more: make it longer, or pass RoeCache(model.config)"
                 )
 
@@ -153,7 +156,7 @@ class RouteKeeper:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if not self.is_croppable:
-            raise ValueError(f"a {type(self).__name__} cannot forget tokens: pass RoeCache(model.config) instead")
+            raise ValueError(f"a {self.given_class} cannot forget tokens: pass RoeCache(model.config) instead")
         for layer in self.layers:
             if layer.is_initialized:  # a layer no row runs holds nothing to crop
                 layer.crop(tokens_to_remove)

@@ -31,7 +31,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_roe import LayerRows, RoeCache, adopt_cache
 from .configuration_roe import RoeLlavaConfig
-from .generation_roe import RoeGenerationMixin
+from .generation_roe import RoeGenerationMixin, check_one_prompt_per_row
 from .grafting_roe import RoeGraftingMixin
 from .loading_roe import register_names
 from .routing_roe import (
@@ -241,6 +241,7 @@ class RoeLanguageModel:
         """The stock forward, with the routing tokens' states and positions put where the layers find them."""
         if routing is None:
             raise ValueError("a RoE language model needs `routing`; call RoeLlavaForConditionalGeneration instead")
+        check_one_prompt_per_row(kwargs if routing.visible is not None else {**kwargs, "position_ids": None})
         cache, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if kwargs.get("position_ids") is None:  # the stock default, which the routing tokens' positions build on
             seen = cache.get_seq_length() if cache is not None else 0

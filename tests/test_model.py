@@ -565,7 +565,7 @@ def test_routes_with_a_cache_that_has_routes_are_refused(model):
 
 def test_a_cache_that_holds_tokens_but_no_routes_is_refused(model):
     cache = tiny.stock_of(model)(**tiny.alone("question")).past_key_values
-    with pytest.raises(ValueError, match="a DynamicCache, holds 11 tokens but no routes.*Start from an empty cache"):
+    with pytest.raises(ValueError, match=r"a DynamicCache, holds 11 tokens but no routes.*Start from an empty cache"):
         model(**tiny.alone("question"), past_key_values=cache)
 
 
