@@ -69,13 +69,17 @@ class RoeGenerationMixin:
             model_kwargs["routing_segments"] = self.model.segments_of(input_ids, inputs_embeds, attention_mask)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
+    ):
         check_settings(generation_config, self.device)
         # Not as one graph, which Transformers would do with a static cache on a GPU: every route has its own layers.
         generation_config.disable_compile = True
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             check_drafting(generation_config, model_kwargs, batch_size)
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
+        )
         cache = model_kwargs.get("past_key_values")
         if self.training and self.is_gradient_checkpointing:
             raise ValueError(
