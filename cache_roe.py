@@ -1,4 +1,8 @@
-"""`RoeCache`: a dynamic cache that also holds the routes its rows follow.
+"""Caches that also hold the routes their rows follow: `RoeCache`, and Transformers' own once they are adopted.
+
+`RoeCache` stores the rows that run a layer and nothing for the others. A static or quantised cache, or a `DynamicCache`
+that the caller made, cannot: all rows of a batch run every layer that one of them keeps, and the rows that skip it take
+the adapter's output instead. A layer that no row keeps is not run and nothing is stored for it in any cache.
 
 B batch, L decoder layers.
 """
@@ -7,7 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class LayerRows:
@@ -28,27 +35,32 @@ class LayerRows:
             self.skipped = torch.tensor([row for row, k in enumerate(self.keep) if not k], device=device)
 
 
-class RoeCache(DynamicCache):
-    """Keys and values of the rows that run a layer, the routes that say which, and the number of tokens seen.
+class RouteKeeper:
+    """Put in front of a cache's class: the routes of its rows, and a length that does not depend on any layer.
 
-    A layer's entry has `routes[:, layer].sum()` rows and nothing for the others, so `get_seq_length` cannot be read off
-    layer 0 as the parent does: layer 0 may be skipped by every row.
-
-    Args:
-        config: configuration of the model (or of its language model); gives the number of layers and sliding windows.
+    Layer 0 may be skipped by every row and then holds nothing, so neither the length nor the sizes of masks can be
+    read off it as the parents do.
 
     Attributes:
+        holds_all_rows: whether a layer's entry has all B rows, or only those that keep the layer.
         routes: (B, L) bool, True where the example runs the layer; `None` until the first forward pass decided it.
         rows: one `LayerRows` per layer, the same decision as host-side lists; `None` until decided.
         tokens_seen: ordinary tokens that went through the model with this cache; routing tokens are never cached.
+        request: what `generate` was asked about routing, read and cleared by the first forward pass.
     """
 
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config=config)
+    holds_all_rows = True
+
+    @property
+    def given_class(self) -> str:
+        """The name under which a caller knows the cache."""
+        return type(self).__name__.removeprefix("Routed")
+
+    def forget_routes(self) -> None:
+        """Be as before the first forward pass."""
         self.routes: Tensor | None = None
         self.rows: list[LayerRows] | None = None
         self.tokens_seen = 0
-        # What `generate` was asked about routing, read and cleared by the first forward pass.
         self.request: dict = {}
 
     def set_routes(self, routes: Tensor, rows: list[LayerRows] | None = None) -> None:
@@ -57,14 +69,25 @@ class RoeCache(DynamicCache):
         if rows is None:
             rows = [LayerRows(keep, routes.device) for keep in routes.t().tolist()]
         self.rows = rows
+        if self.holds_all_rows and any(layer_rows.kept is not None for layer_rows in rows):
+            logger.warning_once(
+                f"a {self.given_class} holds all rows of a batch, so rows that skip a layer compute it for nothing "
+                "where others keep it. A RoeCache does not; neither does a batch whose rows share one route"
+            )
 
     def routes_for(self, batch_size: int) -> tuple[Tensor, list[LayerRows]]:
         """Copies of routes and rows, for a forward pass over so many rows.
 
         Raises: ValueError if the cache holds another number of rows.
         """
-        if self.routes.shape[0] != batch_size:
-            raise ValueError(f"past_key_values holds routes of {self.routes.shape[0]} rows, the input has {batch_size}")
+        held = self.routes.shape[0]
+        if held != batch_size:
+            repeats = batch_size // held
+            advice = f"; for beams or several sequences per row call its batch_repeat_interleave({repeats}) before"
+            raise ValueError(
+                f"past_key_values holds routes of {held} rows, the input has {batch_size}"
+                + (advice if repeats * held == batch_size else "")
+            )
         return self.routes.clone(), list(self.rows)
 
     def leave_request(self, request: dict) -> None:
@@ -93,27 +116,47 @@ class RoeCache(DynamicCache):
                 "prefill. Start from an empty cache to route anew"
             )
 
+    def check_room(self, num_tokens: int) -> None:
+        """Raises: ValueError if a layer of fixed length has no room for so many tokens more."""
+        for layer in self.layers:
+            length = -1 if layer.is_sliding else layer.get_max_length()
+            if 0 <= length < self.tokens_seen + num_tokens:
+                raise ValueError(
+                    f"a {self.given_class} of max_cache_len={length} holds {self.tokens_seen} tokens and has no "
+                    f"room for {num_tokens} more: make it longer, or pass RoeCache(model.config)"
+                )
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.offloading and layer_idx < len(self.layers):
+            # Brought back to the accelerator while the layer before runs, which may have been skipped.
+            self.layers[layer_idx].prefetch()
+        return super().update(keys, values, layer_idx, *args, **kwargs)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.tokens_seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(key length, key offset) of a layer as if every row had run it: the masks are shared by all layers."""
-        window = getattr(self.layers[layer_idx], "sliding_window", None)
-        if window is None:
-            return self.tokens_seen + query_length, 0
-        # A sliding layer keeps the last window - 1 tokens.
-        offset = max(self.tokens_seen - window + 1, 0)
-        return self.tokens_seen - offset + query_length, offset
+        if self.rows is None or not self.rows[layer_idx].none_kept:
+            return super().get_mask_sizes(query_length, layer_idx)
+        kinds = self.is_sliding
+        wanted = kinds[layer_idx] if layer_idx < len(kinds) else False
+        for other, rows in enumerate(self.rows):
+            if not rows.none_kept and kinds[other] == wanted:
+                return super().get_mask_sizes(query_length, other)
+        return self.tokens_seen + query_length, 0  # of a mask that no layer will read
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; routes stay.
 
         Args:
             tokens_to_remove: minus the number of tokens, as in the parent.
-        Raises: ValueError if it is positive (older Transformers took a length to keep).
+        Raises: ValueError if it is positive (older Transformers took a length to keep), or the layers cannot forget.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if not self.is_croppable:
+            raise ValueError(f"a {self.given_class} cannot forget tokens: pass RoeCache(model.config) instead")
         for layer in self.layers:
             if layer.is_initialized:  # a layer no row runs holds nothing to crop
                 layer.crop(tokens_to_remove)
@@ -121,7 +164,7 @@ class RoeCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.routes, self.rows, self.tokens_seen, self.request = None, None, 0, {}
+        self.forget_routes()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._take_rows(beam_idx.tolist())
@@ -136,6 +179,36 @@ class RoeCache(DynamicCache):
             self._take_rows([row for row in range(self.routes.shape[0]) for _ in range(repeats)])
 
     def _take_rows(self, source: list[int]) -> None:
+        """New row i becomes old row `source[i]`, in the routes and in every layer."""
+        if self.routes is None:
+            return
+        for layer, rows in zip(self.layers, self.rows, strict=False):  # the layers of a lazy cache end early
+            if layer.is_initialized and not rows.none_kept:
+                # The one way of all kinds of layers to take rows. Selecting and repeating are missing in static ones
+                # and do nothing in quantised ones (Transformers 5.23).
+                layer.reorder_cache(torch.tensor(source, dtype=torch.long, device=layer.device))
+                if hasattr(layer, "batch_size"):
+                    layer.batch_size = len(source)
+        self.set_routes(self.routes[torch.tensor(source, device=self.routes.device)])
+
+
+class RoeCache(RouteKeeper, DynamicCache):
+    """Keys and values of the rows that run a layer, the routes that say which, and the number of tokens seen.
+
+    A layer's entry has `routes[:, layer].sum()` rows and nothing for the others. `RouteKeeper` lists the attributes.
+
+    Args:
+        config: configuration of the model (or of its language model); gives the number of layers and sliding windows.
+        offloading: keep all layers but the one in use in the host's memory; needs a GPU.
+    """
+
+    holds_all_rows = False
+
+    def __init__(self, config: PreTrainedConfig, offloading: bool = False):
+        super().__init__(config=config, offloading=offloading)
+        self.forget_routes()
+
+    def _take_rows(self, source: list[int]) -> None:
         """New row i becomes old row `source[i]`, in the routes and in every layer that the old row ran."""
         if self.routes is None:
             return
@@ -147,6 +220,62 @@ class RoeCache(DynamicCache):
             index = [place[row] for row in source if row in place]
             layer.batch_select_indices(torch.tensor(index, dtype=torch.long, device=layer.keys.device))
         self.set_routes(self.routes[torch.tensor(source, device=self.routes.device)])
+
+
+class RoutedDynamicCache(RouteKeeper, DynamicCache):
+    """What a caller's `DynamicCache` becomes: all rows of every layer that a row keeps, and the routes."""
+
+
+class RoutedStaticCache(RouteKeeper, StaticCache):
+    """What a `StaticCache` becomes."""
+
+
+class RoutedQuantizedCache(RouteKeeper, QuantizedCache):
+    """What a `QuantizedCache` becomes."""
+
+    is_croppable = False  # its layers say they are, but crop the empty tensors beside the quantised ones
+
+
+ROUTED_CACHES = {
+    DynamicCache: RoutedDynamicCache,
+    StaticCache: RoutedStaticCache,
+    QuantizedCache: RoutedQuantizedCache,
+}
+
+
+def adopt_cache(cache, num_tokens: int = 0) -> None:
+    """Make a cache one that keeps routes, in place, so that the caller's own object has them when it comes back.
+
+    Its class changes to the subclass in `ROUTED_CACHES`: whoever reorders, crops or resets the object, the routes
+    follow. A wrapper would leave the object inside to be changed behind its back.
+
+    Args:
+        cache: an empty `DynamicCache`, `StaticCache` or `QuantizedCache`, or any cache that keeps routes already.
+        num_tokens: how many tokens are about to be added.
+    Raises: ValueError for another class, for a cache that holds tokens but no routes, and for one without room.
+    """
+    if not hasattr(cache, "take_request"):
+        if type(cache) not in ROUTED_CACHES:
+            raise ValueError(
+                f"a {type(cache).__name__} cannot hold routes: leave past_key_values and cache_implementation unset, "
+                "or pass RoeCache(model.config)"
+            )
+        check_empty(cache)
+        cache.__class__ = ROUTED_CACHES[type(cache)]
+        cache.forget_routes()
+    elif cache.routes is None:
+        check_empty(cache)
+    cache.check_room(num_tokens)
+
+
+def check_empty(cache) -> None:
+    """Raises: ValueError if a cache without routes holds tokens."""
+    held = max((int(layer.get_seq_length()) for layer in cache.layers if layer.is_initialized), default=0)
+    if held:
+        raise ValueError(
+            f"past_key_values, a {type(cache).__name__}, holds {held} tokens but no routes: another model filled it, "
+            "or a forward pass that failed. Start from an empty cache"
+        )
 
 
 __all__ = ["LayerRows", "RoeCache"]

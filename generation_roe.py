@@ -7,10 +7,11 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache
+from transformers.generation import GenerationMode
 from transformers.utils import logging
 
-from .cache_roe import RoeCache
+from .cache_roe import RoeCache, adopt_cache
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +30,9 @@ class RoeGenerationMixin:
             routes: (B, L) or (L,) bool, pins the route; no router runs.
             route_bias: number, or (L,), added to the keep logits; +inf keeps a layer, -inf skips it.
             skip_ratio: wanted share of skipped layers; 0.0 keeps every layer, anything else needs a calibrated model.
-            Others: as in Transformers; `past_key_values` has to be a `RoeCache`.
+            Others: as in Transformers. `past_key_values` may be a `RoeCache`, or an empty `DynamicCache`, `StaticCache`
+                or `QuantizedCache`, which learns the routes and can be continued; as with `cache_implementation=
+                "static"` or `"quantized"`, rows that skip a layer other rows keep compute it for nothing.
         Raises: ValueError for what would change the answer in silence; the message says what to do instead.
         """
         if skip_ratio is not None:
@@ -66,13 +69,17 @@ class RoeGenerationMixin:
             model_kwargs["routing_segments"] = self.model.segments_of(input_ids, inputs_embeds, attention_mask)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if generation_config.prefill_chunk_size is not None:
-            raise ValueError(
-                "prefill_chunk_size is not supported: the route would be decided from the first chunk of the prompt. "
-                "Leave it unset"
-            )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
+    ):
+        check_settings(generation_config, self.device)
+        # Not as one graph, which Transformers would do with a static cache on a GPU: every route has its own layers.
+        generation_config.disable_compile = True
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            check_drafting(generation_config, model_kwargs, batch_size)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
+        )
         cache = model_kwargs.get("past_key_values")
         if self.training and self.is_gradient_checkpointing:
             raise ValueError(
@@ -84,14 +91,22 @@ class RoeGenerationMixin:
                     "generate(use_cache=False) in training mode would mix both paths of every layer: call model.eval()"
                 )
             return
-        if type(cache) is DynamicCache and not cache.offloading and not getattr(cache, "_is_user_defined", False):
-            cache = model_kwargs["past_key_values"] = RoeCache(self.config)
+        if type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False):
+            cache = model_kwargs["past_key_values"] = RoeCache(self.config, offloading=cache.offloading)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
-        check_holds_routes(cache)
+        adopt_cache(cache)
         # On the cache and not among the model's arguments: the first forward pass reads them there, later ones and an
         # assistant model never see them.
         cache.leave_request({name: model_kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in model_kwargs})
+
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask, **kwargs):
+        """What `generate` calls for a static cache: the mask (B, S) as it is, for routing to see where rows begin.
+
+        The language model makes the same 4D masks of it afterwards.
+        """
+        return attention_mask
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
@@ -117,14 +132,69 @@ def bias_for_skip_ratio(skip_ratio: float, routes, route_bias) -> float:
     return math.inf
 
 
-def check_holds_routes(cache) -> None:
-    """Raises: ValueError if a cache cannot hold routes and rows of different lengths per layer."""
-    if hasattr(cache, "take_request"):
-        return
-    raise ValueError(
-        f"a {type(cache).__name__} cannot hold routes or leave out the rows that skip a layer: leave past_key_values "
-        "and cache_implementation unset, or pass RoeCache(model.config)"
-    )
+def check_settings(generation_config, device: torch.device) -> None:
+    """Raises: ValueError for settings of `generate` that would change the answer in silence, or fail far from here."""
+    if generation_config.prefill_chunk_size is not None:
+        raise ValueError(
+            "prefill_chunk_size is not supported: the route would be decided from the first chunk of the prompt. "
+            "Leave it unset"
+        )
+    if generation_config.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"guidance_scale={generation_config.guidance_scale} is not supported: its second, unconditional prompt "
+            "would take a route of its own, which no routing argument reaches. Leave it unset"
+        )
+    name = generation_config.cache_implementation
+    if name is not None and name.startswith("offloaded") and device.type == "cpu":
+        raise ValueError(f"cache_implementation={name!r} moves keys off a GPU and the model is on the CPU: unset it")
+
+
+def check_one_prompt_per_row(kwargs: dict) -> None:
+    """What packs several prompts into a row of one route: paged attention, flattened batches.
+
+    Args:
+        kwargs: keywords of the language model, `position_ids` as the caller gave them.
+    Raises: ValueError if they hold such packing.
+    """
+    names = ("cache", "read_index", "write_index", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "block_table")
+    packed = [name for name in names if kwargs.get(name) is not None]
+    positions = kwargs.get("position_ids")
+    if not packed and positions is not None and kwargs.get("attention_mask") is None and positions.dim() == 2:
+        packed = ["position_ids that start anew"] if bool((positions.diff(dim=-1) < 0).any()) else []
+    if packed:
+        raise ValueError(
+            f"{', '.join(packed)}: several prompts packed into one row, and a row has one route. Pass a padded batch "
+            "with its attention_mask"
+        )
+
+
+def check_drafting(generation_config, model_kwargs: dict, batch_size: int) -> None:
+    """Raises: ValueError if drafts (prompt lookup, an assistant) meet a batch or a cache they do not work with."""
+    if generation_config.assistant_early_exit is not None:
+        raise ValueError("assistant_early_exit is not supported: a route is for all layers. Pass an assistant_model")
+    way = "prompt_lookup_num_tokens" if generation_config.prompt_lookup_num_tokens else "assistant_model"
+    cache, name = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+    if batch_size > 1:
+        raise ValueError(
+            f"{way} with a batch of {batch_size}: drafts are for one row. Leave it out, or call row by row"
+        )
+    if generation_config.use_cache is False:
+        raise ValueError(f"{way} with use_cache=False: drafts need a cache. Leave use_cache out")
+    if cache is not None and (held := int(cache.get_seq_length())) > 0:
+        # Transformers 5.23 feeds the cached part again, stock LLaVA's too, and goes on from the wrong text.
+        raise ValueError(
+            f"{way} with past_key_values that hold {held} tokens: they would be read twice. Leave it out, or start "
+            "from an empty cache, with routes=past_key_values.routes to keep the route"
+        )
+    # cache_implementation first: it makes a cache only later, and "offloaded" a croppable one.
+    refused = f"cache_implementation={name!r}" if name not in (None, "dynamic", "offloaded") else None
+    if cache is not None and (isinstance(cache, QuantizedCache) or not cache.is_croppable):
+        refused = type(cache).__name__.removeprefix("Routed")
+    if refused is not None:
+        raise ValueError(
+            f"{way} with {refused}: refused drafts are cropped, which this cache cannot do. Leave "
+            "past_key_values and cache_implementation unset, or pass RoeCache(model.config)"
+        )
 
 
 def pad_on_the_left(inputs: Tensor | None, kwargs: dict) -> Tensor | None:

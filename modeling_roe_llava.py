@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import AutoModel, Cache, LlavaForConditionalGeneration, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
@@ -29,9 +29,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Mod
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .cache_roe import LayerRows, RoeCache
+from .cache_roe import LayerRows, RoeCache, adopt_cache
 from .configuration_roe import RoeLlavaConfig
-from .generation_roe import RoeGenerationMixin, check_holds_routes
+from .generation_roe import RoeGenerationMixin, check_one_prompt_per_row
 from .grafting_roe import RoeGraftingMixin
 from .loading_roe import register_names
 from .routing_roe import (
@@ -155,24 +155,24 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
     def routed(self, tokens: Tensor, rows: LayerRows, routing: Routing, kwargs: dict) -> Tensor:
         """Rows that keep the layer run it, the others take the adapter: (B, S + R, D)."""
         if rows.all_kept:
-            return self.full_path(tokens, routing.visible, routing, kwargs)
+            return self.full_path(tokens, routing, kwargs)
         if rows.none_kept:
             return self.skip_path(tokens)
         batch_size = tokens.shape[0]
         kept, skipped = rows.kept.to(tokens.device), rows.skipped.to(tokens.device)
+        if getattr(kwargs.get("past_key_values"), "holds_all_rows", False):
+            return self.full_path(tokens, routing, kwargs).index_copy(0, skipped, self.skip_path(tokens[skipped]))
         batched = ("attention_mask", "position_ids", "position_embeddings")
         kept_kwargs = kwargs | {name: take_rows(kwargs.get(name), kept, batch_size) for name in batched}
-        visible = take_rows(routing.visible, kept, batch_size)
         out = torch.empty_like(tokens)
-        out.index_copy_(0, kept, self.full_path(tokens[kept], visible, routing, kept_kwargs, kept))
+        out.index_copy_(0, kept, self.full_path(tokens[kept], routing, kept_kwargs, kept))
         return out.index_copy_(0, skipped, self.skip_path(tokens[skipped]))
 
-    def full_path(self, tokens: Tensor, visible: Tensor | None, routing: Routing, kwargs: dict, kept=None) -> Tensor:
-        """The stock layer over ordinary and routing tokens, whose attention is computed apart."""
+    def full_path(self, tokens: Tensor, routing: Routing, kwargs: dict, kept: Tensor | None = None) -> Tensor:
+        """The stock layer over ordinary and routing tokens of all or `kept` rows; routing tokens attend apart."""
         if routing.states[self.layer_idx] is None:
             return super().forward(tokens, **kwargs)
-        positions = routing.position_embeddings
-        positions = positions if kept is None else take_rows(positions, kept, routing.visible.shape[0])
+        visible, positions = take_rows((routing.visible, routing.position_embeddings), kept, routing.visible.shape[0])
         attention = RoutingAttention(kwargs.get("past_key_values"), visible)
         kwargs = kwargs | {
             "past_key_values": attention,
@@ -189,7 +189,7 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
 
     def mixed(self, tokens: Tensor, states: Tensor, routing: Routing, kwargs: dict) -> Tensor:
         """Training: both paths, every token weighted by its turn's decision."""
-        full = self.full_path(tokens, routing.visible, routing, kwargs)
+        full = self.full_path(tokens, routing, kwargs)
         if self.router is None:
             return full
         logits = self.router(self.input_layernorm(states))
@@ -241,6 +241,7 @@ class RoeLanguageModel:
         """The stock forward, with the routing tokens' states and positions put where the layers find them."""
         if routing is None:
             raise ValueError("a RoE language model needs `routing`; call RoeLlavaForConditionalGeneration instead")
+        check_one_prompt_per_row(kwargs if routing.visible is not None else {**kwargs, "position_ids": None})
         cache, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if kwargs.get("position_ids") is None:  # the stock default, which the routing tokens' positions build on
             seen = cache.get_seq_length() if cache is not None else 0
@@ -347,7 +348,7 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: RoeCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         routing_segments: Tensor | None = None,
@@ -366,7 +367,7 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
         routing = Routing(self.config.text_config.num_hidden_layers) if routing is None else routing
         request = {"routing_segments": routing_segments, "routes": routes, "route_bias": route_bias}
         if past_key_values is not None:
-            check_holds_routes(past_key_values)
+            adopt_cache(past_key_values, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
             request = past_key_values.take_request(request)
         self.start_routing(routing, request, input_ids, inputs_embeds, attention_mask, past_key_values)
         return super().forward(
@@ -451,7 +452,7 @@ class RoeLlavaForConditionalGeneration(
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: RoeCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,

@@ -397,8 +397,10 @@ class Routing:
 # ------------------------------------------------------------------------------------------ attention of routing tokens
 
 
-def take_rows(value, rows: Tensor, batch_size: int):
-    """Rows of whatever a decoder layer is given: tensors whose first size is the batch, tuples of them, `None`."""
+def take_rows(value, rows: Tensor | None, batch_size: int):
+    """Rows (`None`: all) of whatever a decoder layer is given: tensors of the batch's size, tuples of them, `None`."""
+    if rows is None:
+        return value
     if isinstance(value, tuple):
         return tuple(take_rows(item, rows, batch_size) for item in value)
     if value is None or (isinstance(value, Tensor) and value.shape[0] == 1 < batch_size):
@@ -417,8 +419,11 @@ def attentions_of_all_rows(attentions: tuple[Tensor, ...], rows: list[LayerRows]
     for layer_rows in rows:
         weights = None if layer_rows is not None and layer_rows.none_kept else next(computed)
         if layer_rows is not None and layer_rows.kept is not None:
+            kept = layer_rows.kept.to(weights.device)
+            if weights.shape[0] == len(layer_rows.keep):  # a cache that holds all rows had all of them computed
+                weights = weights[kept]
             full = weights.new_zeros(len(layer_rows.keep), *weights.shape[1:])
-            weights = full.index_copy(0, layer_rows.kept.to(weights.device), weights)
+            weights = full.index_copy(0, kept, weights)
         complete.append(weights)
     return tuple(complete)
 
@@ -441,17 +446,20 @@ class RoutingAttention:
         self.values: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Take (B, H, S + R, P) keys and values, keep the last R, return the ordinary ones as the cache does."""
-        self.keys, self.values = keys[:, :, -self.num_tokens :], values[:, :, -self.num_tokens :]
+        """Take (B, H, S + R, P) keys and values, keep them, return the ordinary ones as the cache does."""
+        self.keys, self.values = keys, values
         keys, values = keys[:, :, : -self.num_tokens], values[:, :, : -self.num_tokens]
         return (keys, values) if self.cache is None else self.cache.update(keys, values, layer_idx)
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """(B, R, H, P) attention of the routing queries (B, H, R, P) over what they may read and themselves."""
+    def attend(self, queries: Tensor, scaling: float) -> Tensor:
+        """(B, R, H, P) attention of the routing queries (B, H, R, P) over what they may read and themselves.
+
+        Over the keys as they were given: a static cache answers with its whole length, empty places included.
+        """
         mask = self.visible.to(queries.device)[:, None]
-        keys, values = torch.cat([keys, self.keys], dim=2), torch.cat([values, self.values], dim=2)
+        is_grouped = queries.shape[1] != self.keys.shape[1]
         attended = nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=queries.shape[1] != keys.shape[1]
+            queries, self.keys, self.values, attn_mask=mask, scale=scaling, enable_gqa=is_grouped
         )
         return attended.transpose(1, 2)
 
@@ -464,7 +472,7 @@ def attend_apart(module, query, key, value, attention_mask, routing_attention=No
         return attend(module, query, key, value, attention_mask, **kwargs)
     split = query.shape[2] - routing_attention.num_tokens
     ordinary, weights = attend(module, query[:, :, :split], key, value, attention_mask, **kwargs)
-    routed = routing_attention.attend(query[:, :, split:], key, value, kwargs["scaling"])
+    routed = routing_attention.attend(query[:, :, split:], kwargs["scaling"])
     return torch.cat([ordinary, routed.to(ordinary.dtype)], dim=1), weights
 
 

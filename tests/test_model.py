@@ -563,9 +563,17 @@ def test_routes_with_a_cache_that_has_routes_are_refused(model):
             model(input_ids=torch.tensor([[9]]), past_key_values=cache, **given)
 
 
-def test_a_cache_that_holds_no_routes_is_refused(model):
-    with pytest.raises(ValueError, match=r"DynamicCache.*RoeCache\(model.config\)"):
-        model(**tiny.alone("question"), past_key_values=DynamicCache())
+def test_a_cache_that_holds_tokens_but_no_routes_is_refused(model):
+    cache = tiny.stock_of(model)(**tiny.alone("question")).past_key_values
+    with pytest.raises(ValueError, match=r"a DynamicCache, holds 11 tokens but no routes.*Start from an empty cache"):
+        model(**tiny.alone("question"), past_key_values=cache)
+
+
+def test_an_ordinary_cache_learns_the_routes(model):
+    cache = DynamicCache()
+    outputs = model(**tiny.batch(), past_key_values=cache)
+    assert outputs.past_key_values is cache and torch.equal(cache.routes, PATTERN)
+    assert cache.get_seq_length() == tiny.batch()["input_ids"].shape[1]
 
 
 def test_a_given_empty_cache_is_filled(model):
