@@ -180,12 +180,13 @@ def flat_config(config: dict, tower: str, pads_images: bool) -> dict:
     text, vision = full.text_config, full.vision_config
     rope = text.rope_parameters
     names = (*NEEDED, "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range")
-    names += ("rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+    names += ("rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
     scaling = {"type": rope["rope_type"], "factor": rope["factor"]} if rope["rope_type"] != "default" else None
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",
         **{name: getattr(text, name) for name in names},
+        "tie_word_embeddings": full.tie_word_embeddings,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": scaling,
         "torch_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
@@ -219,6 +220,13 @@ def check_version(provenance: dict, path: Path) -> None:
         raise ValueError(
             f"{PROVENANCE} in {path} has vocab_size {old!r} and padded_vocab_size {padded!r}, expected positive "
             "integers, the second not below the first: was it changed by hand?"
+        )
+    recorded = provenance["config"]
+    if recorded.get("vocab_size") != old or not isinstance(recorded.get("mm_vision_tower"), str | None):
+        raise ValueError(
+            f"{PROVENANCE} in {path} has vocab_size {old!r}, its config has vocab_size {recorded.get('vocab_size')!r} "
+            f"and mm_vision_tower {recorded.get('mm_vision_tower')!r}, expected one size and a name: was it changed by "
+            "hand?"
         )
     if provenance["vision_tower"] not in ("inside", "beside"):
         raise ValueError(

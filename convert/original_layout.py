@@ -142,8 +142,8 @@ def adapter_size(layout: Layout) -> int:
     name = "language_model.model.layers.0.adapter.down_proj.weight"
     if name not in layout.routing:
         raise ValueError(
-            f"model.layers.0.adapter_MHA.conv_A.weight is missing among {len(layout.routing)} routing tensors: was a "
-            "shard lost?"
+            f"{next(iter(layout.routing.values())).file.parent} lacks model.layers.0.adapter_MHA.conv_A.weight among "
+            f"{len(layout.routing)} routing tensors: was a shard lost?"
         )
     tensor = layout.routing[name]
     if len(tensor.shape) != 2:
@@ -202,6 +202,27 @@ def check_complete(tensors: dict[str, StoredTensor], config: dict, folder: Path)
                 "its config: do config and weights belong together?"
             )
         check_dtype(tensor)
+
+
+def check_tied(tensors: dict[str, StoredTensor], is_tied: bool, path: Path) -> None:
+    """Check that an output layer which a config ties to the embedding holds the embedding's values.
+
+    Args:
+        tensors: by name in the original layout.
+        is_tied: whether the config says so.
+        path: of the config.
+    Raises: ValueError if it holds others: readers of such a checkpoint differ in which of the two they take.
+    """
+    embedding, head = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if not is_tied or embedding is None or head is None:
+        return
+    if embedding.kind != head.kind or any(
+        one != other for one, other in zip(embedding.blocks(), head.blocks(), strict=True)
+    ):
+        raise ValueError(
+            f"{path} has tie_word_embeddings true, but {head.name} in {head.file} is not {embedding.name}: do config "
+            "and weights belong together?"
+        )
 
 
 def named_as_in_memory(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -293,6 +293,7 @@ def test_bin_file_that_is_cut_anywhere_is_refused(tmp_path, base_copy, adapter, 
         refuses(r"base.pytorch_model.bin cannot be read as tensors alone", base_copy, adapter, tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_bin_file_with_a_changed_pickle_is_refused(tmp_path, base_copy, adapter):
     path = base_copy / "pytorch_model.bin"
     (base_copy / "model.safetensors").unlink()
