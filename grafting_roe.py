@@ -259,9 +259,10 @@ def check_same_base(model, info: AdapterInfo, name: str) -> None:
     if reason is None:
         return
     known = f"{record_name(info.base)}, fingerprint {info.base.get('fingerprint')}"
+    remedy = dtype_hint(kinds, recorded) or "Give that base"
     raise ValueError(
-        f"the base is not the one {name} was trained on ({known}): {reason}.{dtype_hint(kinds, recorded)} Give that "
-        "base, or pass check_base=False if this one is meant"
+        f"the base is not the one {name} was trained on ({known}): {reason}. {remedy}, or pass check_base=False if "
+        "this one is meant"
     )
 
 
@@ -278,7 +279,7 @@ def loaded_base_tensors(model, recorded: dict) -> dict[str, torch.Tensor]:
 
 
 def dtype_hint(kinds: dict[str, str], recorded: dict[str, str]) -> str:
-    """A sentence where a base was only loaded in another dtype."""
+    """What to do where a base was only loaded in another dtype; empty where more than that differs."""
 
     def shapes(signatures: dict[str, str]) -> dict[str, str]:
         return {name: signature.split("[")[1].split("]")[0] for name, signature in signatures.items()}
@@ -289,10 +290,10 @@ def dtype_hint(kinds: dict[str, str], recorded: dict[str, str]) -> str:
         return ""
     found, expected = " and ".join(sorted(ours)), " and ".join(sorted(theirs))
     if len(theirs) == 1:
-        return f" It is loaded in {found}, they were trained on {expected}: load it with that dtype."
+        return f"It is loaded in {found}, they were trained on {expected}: load it with that dtype"
     return (
-        f" It is loaded in {found}, they were trained on one stored in {expected}, and a model is loaded in one dtype, "
-        f"so its values cannot be compared here: {WRITE_A_FOLDER}, which compares the files."
+        f"It is loaded in {found}, they were trained on one stored in {expected}: it may be that base, but a model is "
+        f"loaded in one dtype, so its values cannot be compared here: {WRITE_A_FOLDER}, where the files are compared"
     )
 
 
