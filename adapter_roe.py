@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .configuration_roe import ROUTING_FIELDS
+from .configuration_roe import ROUTING_FIELDS, RoeLlavaConfig
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "roe_adapter.safetensors"
@@ -268,29 +268,114 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path.parent} is not a checkpoint folder: it has no {path.name}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
     return content
 
 
+def expanded(path) -> Path:
+    """A path with `~` replaced by a home.
+
+    Raises: ValueError if nobody has that home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path} begins with the home of nobody known here: is the path right?") from error
+
+
 def read_info(path: Path) -> AdapterInfo:
     """What an adapter file says.
 
-    Raises: ValueError if it is of a newer version or lacks an entry.
+    Raises: ValueError if it is of another version, lacks an entry, or has one of a wrong type or out of range.
     """
     content = read_json(path)
     version = content.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or version > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version {version!r}, this program reads up to {FORMAT_VERSION}: update roe-llava"
         )
+    if version < 1:
+        raise ValueError(f"{path} has format_version {version!r}, expected 1 or more: was it written by roe-llava?")
     known = {one.name for one in fields(AdapterInfo)}
     required = known - {"training", "base", "format_version"}
     if missing := sorted(required - content.keys()):
         raise ValueError(f"{path} lacks {listed(missing)}: was it written by roe-llava?")
-    return AdapterInfo(**{name: value for name, value in content.items() if name in known})
+    check_entries(content, INFO_ENTRIES, path)
+    check_base_entries(content.get("base"), path)
+    info = AdapterInfo(**{name: value for name, value in content.items() if name in known})
+    try:  # ranges are the configuration's to know
+        RoeLlavaConfig(text_config={"num_hidden_layers": info.num_hidden_layers}, **info.routing_fields)
+    except ValueError as error:
+        raise ValueError(f"{path} has an entry that cannot be: {error}") from error
+    return info
+
+
+def is_count(value) -> bool:
+    return type(value) is int and value > 0
+
+
+def is_text_or_none(value) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def are_layers(value) -> bool:
+    return value is None or (isinstance(value, list) and all(type(layer) is int and layer >= 0 for layer in value))
+
+
+def are_signatures(value) -> bool:
+    """Whether a JSON value maps names to signatures, digests included; without those any base would pass."""
+    form = r"\w+ \[[\d, ]*\] [0-9a-f]{16}"
+    return isinstance(value, dict) and all(isinstance(one, str) and re.fullmatch(form, one) for one in value.values())
+
+
+# Entries of `roe_adapter.json`, and of its record of the base, to what they have to be.
+INFO_ENTRIES = {
+    "text_model_type": (lambda value: isinstance(value, str), "text"),
+    "num_hidden_layers": (is_count, "a positive integer"),
+    "hidden_size": (is_count, "a positive integer"),
+    "adapter_size": (is_count, "a positive integer"),
+    "routed_layers": (are_layers, "null or a list of layer numbers"),
+    "routing_positions": (lambda value: isinstance(value, str), "text"),
+    "routing_question": (lambda value: isinstance(value, str), "text"),
+    "target_skip_ratio": (lambda value: type(value) in (int, float), "a number"),
+    "training": (lambda value: isinstance(value, dict), "an object"),
+    "base": (lambda value: value is None or isinstance(value, dict), "null or an object"),
+}
+BASE_ENTRIES = {
+    "id": (is_text_or_none, "null or text"),
+    "revision": (is_text_or_none, "null or text"),
+    "fingerprint": (lambda value: isinstance(value, str), "text"),
+    "tensors": (are_signatures, 'an object of signatures like "F16 [2, 4] 0123456789abcdef" by tensor name'),
+}
+
+
+def check_entries(content: dict, entries: dict, path: Path, owner: str = "") -> None:
+    """Raises: ValueError naming an entry that is not of its type."""
+    for name, (is_right, expected) in entries.items():
+        if name in content and not is_right(content[name]):
+            raise ValueError(
+                f"{path} has {owner}{name} {content[name]!r:.80}, expected {expected}: was the file changed by hand?"
+            )
+
+
+def check_base_entries(base: dict | None, path: Path) -> None:
+    """Check the record of a base, which may be left out but not be half there.
+
+    Raises: ValueError naming the entry, or if the fingerprint is not that of the recorded tensors.
+    """
+    if not base:
+        return
+    if missing := sorted(BASE_ENTRIES.keys() - base.keys()):
+        raise ValueError(f"{path} lacks {listed(missing)} in base: was it written by roe-llava?")
+    check_entries(base, BASE_ENTRIES, path, "base.")
+    if (found := fingerprint(base["tensors"])) != base["fingerprint"]:
+        raise ValueError(
+            f"{path} has base.fingerprint {base['fingerprint']!r}, expected {found}, that of base.tensors: was the "
+            "file changed by hand?"
+        )
 
 
 def read_adapter(folder: str | Path) -> Adapter:

@@ -26,6 +26,7 @@ from .adapter_roe import (
     check_finite,
     check_fits,
     difference,
+    expanded,
     is_unread,
     listed,
     read_adapter,
@@ -155,7 +156,7 @@ def fetch_adapter(source, revision: str | None, hub_options: dict | None = None)
 
     Raises: ValueError if there is none, or it is damaged.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir() and revision is not None:
         raise ValueError(f"revision {revision!r} given with the folder {folder}: only a Hub id has revisions")
     if not folder.is_dir():
@@ -258,9 +259,10 @@ def check_same_base(model, info: AdapterInfo, name: str) -> None:
     if reason is None:
         return
     known = f"{record_name(info.base)}, fingerprint {info.base.get('fingerprint')}"
+    remedy = dtype_hint(kinds, recorded) or "Give that base"
     raise ValueError(
-        f"the base is not the one {name} was trained on ({known}): {reason}.{dtype_hint(kinds, recorded)} Give that "
-        "base, or pass check_base=False if this one is meant"
+        f"the base is not the one {name} was trained on ({known}): {reason}. {remedy}, or pass check_base=False if "
+        "this one is meant"
     )
 
 
@@ -277,12 +279,22 @@ def loaded_base_tensors(model, recorded: dict) -> dict[str, torch.Tensor]:
 
 
 def dtype_hint(kinds: dict[str, str], recorded: dict[str, str]) -> str:
-    """A sentence where a base was only loaded in another dtype."""
+    """What to do where a base was only loaded in another dtype; empty where more than that differs."""
+
+    def shapes(signatures: dict[str, str]) -> dict[str, str]:
+        return {name: signature.split("[")[1].split("]")[0] for name, signature in signatures.items()}
+
     ours, theirs = ({kind.split(" ")[0] for kind in some.values()} for some in (kinds, recorded))
-    same_names = kinds.keys() == recorded.keys()
-    if not same_names or ours == theirs or len(ours) != 1 or len(theirs) != 1:
+    same_dtypes = all(kinds[name].split(" ")[0] == recorded[name].split(" ")[0] for name in kinds.keys() & recorded)
+    if same_dtypes or shapes(kinds) != shapes(recorded):
         return ""
-    return f" It is loaded in {ours.pop()}, they were trained on {theirs.pop()}: load it with that dtype."
+    found, expected = " and ".join(sorted(ours)), " and ".join(sorted(theirs))
+    if len(theirs) == 1:
+        return f"It is loaded in {found}, they were trained on {expected}: load it with that dtype"
+    return (
+        f"It is loaded in {found}, they were trained on one stored in {expected}: it may be that base, but a model is "
+        f"loaded in one dtype, so its values cannot be compared here: {WRITE_A_FOLDER}, where the files are compared"
+    )
 
 
 def provenance(config, info: AdapterInfo, was_checked: bool) -> dict:

@@ -17,8 +17,8 @@ from .keys import BASE_KEYS, EXPORT_KEYS, PUBLISHED_TOKENS, ROE_KEYS, is_unread,
 from .made_tensors import numbered, rows, stream_files
 from .original_config import PROVENANCE, check_sizes, check_version, flat_config, text_config
 from .original_import import TOKENIZER_FOLDER
-from .original_layout import check_complete, remade_buffers
-from .original_processor import copy_licences, copy_tokenizer_files
+from .original_layout import check_complete, check_tied, remade_buffers
+from .original_processor import copy_licences, copy_tokenizer_files, read_generation_config
 from .original_vision import INSIDE, TOWER_FOLDER
 from .output import check_target, new_folder, write_json
 from .routing_parts import byte_progress
@@ -45,6 +45,7 @@ class Plan:
         renamed: old name to new name.
         dropped: old name to reason.
         cut: rows taken off the vocabulary.
+        generation: content of the new generation_config.json.
         notes: what a caller should know, label to text.
     """
 
@@ -57,6 +58,7 @@ class Plan:
     renamed: dict[str, str]
     dropped: dict[str, str]
     cut: int
+    generation: dict
     notes: dict[str, str]
 
 
@@ -120,14 +122,18 @@ def plan_export(source: Source, vision_tower: str | None) -> Plan:
     tower = vision_tower or (origin or {}).get("vision_tower", "inside")
     files, names, dropped = rename_to_published(checkpoint)
     cut = cut_vocabulary(files, config, origin)
-    flat, notes = published_config(config, origin, source, tower, cut)
+    pads = bool(image_settings(source.folder).get("do_pad"))
+    with blamed_on(path):
+        flat, notes = published_config(config, origin, pads, tower, cut)
     add_buffers(files, origin, tower, path)
     tensors = {name: tensor for file in files.values() for name, tensor in file.items()}
     check_sizes(flat, tensors, path)
+    check_tied(tensors, flat.get("tie_word_embeddings", False), path)
     beside = take_tower(files) if tower == "beside" else {}
     kept = {name: StoredTensors(file) for name, file in files.items() if file}
     tower_file = StoredTensors(beside) if beside else None
-    return Plan(source, config, flat, tower, numbered(kept), tower_file, names, dropped, cut, notes)
+    generation = generation_settings(source, config, flat)
+    return Plan(source, config, flat, tower, numbered(kept), tower_file, names, dropped, cut, generation, notes)
 
 
 def check_expressible(config: dict, path: Path) -> None:
@@ -232,11 +238,11 @@ def cut_vocabulary(files: dict[str, dict[str, StoredTensor]], config: dict, orig
 
 
 def published_config(
-    config: dict, origin: dict | None, source: Source, tower: str, cut: int
+    config: dict, origin: dict | None, pads: bool, tower: str, cut: int
 ) -> tuple[dict, dict[str, str]]:
     """The flat config to write, the imported one where the model is still the same, and what a caller should know."""
     notes = {}
-    made = flat_config(config, TOWER_FOLDER, bool(image_settings(source.folder).get("do_pad")))
+    made = flat_config(config, TOWER_FOLDER, pads)
     flat = made
     if cut:
         made |= {"vocab_size": made["vocab_size"] - cut, "pad_token_id": origin["config"].get("pad_token_id")}
@@ -304,7 +310,7 @@ def take_tower(files: dict[str, dict[str, StoredTensor]]) -> dict[str, StoredTen
 def write_companions(plan: Plan, folder: Path) -> None:
     """Config, generation settings, tokenizer, and what the tower needs beside its weights."""
     write_json(folder / "config.json", plan.flat)
-    write_json(folder / "generation_config.json", generation_settings(plan))
+    write_json(folder / "generation_config.json", plan.generation)
     if (plan.source.folder / TOKENIZER_FOLDER).is_dir():
         copy_tokenizer_files(plan.source.folder / TOKENIZER_FOLDER, folder)
     copy_licences(plan.source.folder, folder)
@@ -315,23 +321,32 @@ def write_companions(plan: Plan, folder: Path) -> None:
     write_json(tower / "preprocessor_config.json", preprocessor_config(plan.source.folder, vision.image_size))
 
 
-def generation_settings(plan: Plan) -> dict:
-    """generation_config.json: ours without the tokens that the published vocabulary does not have."""
-    path = plan.source.folder / "generation_config.json"
-    content = read_json(path) if path.is_file() else {}
-    size = plan.flat["vocab_size"]
-    placeholder = plan.config.get("image_token_index")
+def generation_settings(source: Source, config: dict, flat: dict) -> dict:
+    """generation_config.json: ours without the tokens that the published vocabulary does not have.
+
+    Args:
+        config: content of our config.json.
+        flat: content of the one to write.
+    """
+    content = read_generation_config(source.folder)
+    size = flat["vocab_size"]
+    placeholder = config.get("image_token_index")
     suppressed = [token for token in content.get("suppress_tokens") or [] if token < size and token != placeholder]
-    content |= {name: plan.flat.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    content |= {name: flat.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     content |= {"suppress_tokens": suppressed or None}
     return {name: value for name, value in content.items() if value is not None and name != "transformers_version"}
 
 
 def image_settings(folder: Path) -> dict:
-    """Settings of the image processor in a folder; empty if it has none."""
+    """Settings of the image processor in a folder; empty if it has none.
+
+    Raises: ValueError if they are no object.
+    """
     for name in ("processor_config.json", "preprocessor_config.json"):
         content = read_json(folder / name) if (folder / name).is_file() else {}
         if found := content.get("image_processor", content if "image_mean" in content else None):
+            if not isinstance(found, dict):
+                raise ValueError(f"{folder / name} has image_processor {found!r:.60}, expected an object")
             return found
     return {}
 

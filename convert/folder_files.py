@@ -10,7 +10,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .. import configuration_roe, modeling_roe_llava, processing_roe
 from ..loading_roe import AUTO_MAP
 from .output import write_json
-from .source import read_json
+from .source import blamed_on, read_json
 
 # What a folder needs to tokenize, to preprocess and to generate. Anything else of the base stays behind.
 COMPANIONS = (
@@ -50,12 +50,26 @@ def read_base_config(folder: Path) -> dict:
     if not isinstance(config.get("text_config"), dict):
         raise ValueError(f"{path} has no text_config, expected the language model's configuration: is the file whole?")
     text_type = config["text_config"].get("model_type", "llama")  # LLaVA's own default
-    if text_type not in modeling_roe_llava.LANGUAGE_MODELS:
+    if not isinstance(text_type, str) or text_type not in modeling_roe_llava.LANGUAGE_MODELS:
         raise ValueError(
             f"text_config.model_type {text_type!r} in {path} is not supported, routed decoders are "
             f"{sorted(modeling_roe_llava.LANGUAGE_MODELS)}"
         )
+    check_opens(config, path)
     return config
+
+
+def check_opens(config: dict, path: Path) -> None:
+    """Check that a config.json opens, of a base as that of a RoE model on it.
+
+    Raises: ValueError naming the file, whatever Transformers makes of a wrong entry.
+    """
+    with blamed_on(path):
+        full = configuration_roe.RoeLlavaConfig.from_dict(
+            config | {"model_type": configuration_roe.RoeLlavaConfig.model_type}
+        )
+        if (size := full.text_config.vocab_size) <= full.image_token_index or full.image_token_index < 0:
+            raise ValueError(f"image_token_index is {full.image_token_index}, expected one of {size} token ids")
 
 
 def grafted_config(base: dict, routing_fields: dict, provenance: dict) -> dict:

@@ -45,10 +45,12 @@ def read_flat_config(folder: Path) -> dict:
             f"{path} has a text_config (model_type {kind!r}), expected the flat config of the original layout: it is "
             "in the layout of llava-hf already, use it as it is"
         )
-    if kind not in TEXT_TYPES:
+    if not isinstance(kind, str) or kind not in TEXT_TYPES:
         raise ValueError(f"{path} has model_type {kind!r}, expected one of {sorted(TEXT_TYPES)}")
-    if missing := [name for name in NEEDED if not isinstance(flat.get(name), int)]:
-        raise ValueError(f"{path} has no number for {listed(missing)}: is it a LLaVA config?")
+    if missing := [name for name in NEEDED if type(flat.get(name)) is not int or flat[name] < 1]:
+        raise ValueError(
+            f"{path} has no number for {listed(missing)}, expected positive integers: is it a LLaVA config?"
+        )
     for name, reason in unsupported(flat).items():
         raise ValueError(f"{path} has {name} {flat[name]!r}, which cannot be imported: {reason}")
     return flat
@@ -85,7 +87,11 @@ def text_config(flat: dict) -> PreTrainedConfig:
     cls = CONFIG_MAPPING[TEXT_TYPES[flat["model_type"]]]
     known = {field.name for field in dataclasses.fields(cls)} - GENERIC
     known |= {"rope_theta", "rope_scaling", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
-    return cls.from_dict({name: value for name, value in flat.items() if name in known})
+    config = cls.from_dict({name: value for name, value in flat.items() if name in known})
+    theta = config.rope_parameters["rope_theta"]
+    if type(theta) not in (int, float) or theta <= 0:
+        raise ValueError(f"rope_theta is {theta!r}, expected a positive number")
+    return config
 
 
 def llava_config(flat: dict, vision: CLIPVisionConfig, tokens, dtype: str, provenance: dict) -> dict:
@@ -107,6 +113,9 @@ def llava_config(flat: dict, vision: CLIPVisionConfig, tokens, dtype: str, prove
     layer, most = flat.get("mm_vision_select_layer", -2), vision.num_hidden_layers
     if not isinstance(layer, int) or not -most - 1 <= layer <= most:
         raise ValueError(f"mm_vision_select_layer is {layer!r}, expected a layer of a tower that has {most}")
+    stored_as = flat.get("torch_dtype") or flat.get("dtype") or dtype
+    if not isinstance(stored_as, str) or stored_as not in DTYPES.values():
+        raise ValueError(f"torch_dtype is {stored_as!r}, expected one of {', '.join(DTYPES.values())}")
     config = LlavaConfig(
         text_config=text.to_dict(),
         vision_config=vision.to_dict(),
@@ -117,7 +126,7 @@ def llava_config(flat: dict, vision: CLIPVisionConfig, tokens, dtype: str, prove
         projector_hidden_act="gelu",
         tie_word_embeddings=text.tie_word_embeddings,
         architectures=["LlavaForConditionalGeneration"],
-        dtype=flat.get("torch_dtype") or flat.get("dtype") or dtype,
+        dtype=stored_as,
         pad_token_id=tokens.pad_id,
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
@@ -171,12 +180,13 @@ def flat_config(config: dict, tower: str, pads_images: bool) -> dict:
     text, vision = full.text_config, full.vision_config
     rope = text.rope_parameters
     names = (*NEEDED, "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range")
-    names += ("rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+    names += ("rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
     scaling = {"type": rope["rope_type"], "factor": rope["factor"]} if rope["rope_type"] != "default" else None
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",
         **{name: getattr(text, name) for name in names},
+        "tie_word_embeddings": full.tie_word_embeddings,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": scaling,
         "torch_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
@@ -193,9 +203,11 @@ def flat_config(config: dict, tower: str, pads_images: bool) -> dict:
 
 
 def check_version(provenance: dict, path: Path) -> None:
-    """Raises: ValueError if what a config says of its original layout is of a newer format."""
+    """Raises: ValueError if what a config says of its original layout is of another format, or not as it has to be."""
+    if not isinstance(provenance, dict):
+        raise ValueError(f"{PROVENANCE} in {path} is {provenance!r:.60}, expected an object: was it changed by hand?")
     version = provenance.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
             f"{PROVENANCE} in {path} has format_version {version!r}, this program reads up to {FORMAT_VERSION}: update "
             "roe-llava"
@@ -203,3 +215,21 @@ def check_version(provenance: dict, path: Path) -> None:
     needed = {"vocab_size": int, "padded_vocab_size": int, "vision_tower": str, "buffers": list, "config": dict}
     if wrong := [name for name, kind in needed.items() if not isinstance(provenance.get(name), kind)]:
         raise ValueError(f"{PROVENANCE} in {path} lacks {listed(wrong)}: was it written by roe-llava?")
+    old, padded = provenance["vocab_size"], provenance["padded_vocab_size"]
+    if type(old) is not int or type(padded) is not int or not 1 <= old <= padded:
+        raise ValueError(
+            f"{PROVENANCE} in {path} has vocab_size {old!r} and padded_vocab_size {padded!r}, expected positive "
+            "integers, the second not below the first: was it changed by hand?"
+        )
+    recorded = provenance["config"]
+    if recorded.get("vocab_size") != old or not isinstance(recorded.get("mm_vision_tower"), str | None):
+        raise ValueError(
+            f"{PROVENANCE} in {path} has vocab_size {old!r}, its config has vocab_size {recorded.get('vocab_size')!r} "
+            f"and mm_vision_tower {recorded.get('mm_vision_tower')!r}, expected one size and a name: was it changed by "
+            "hand?"
+        )
+    if provenance["vision_tower"] not in ("inside", "beside"):
+        raise ValueError(
+            f"{PROVENANCE} in {path} has vision_tower {provenance['vision_tower']!r}, expected 'inside' or 'beside': "
+            "was it changed by hand?"
+        )

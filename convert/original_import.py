@@ -10,7 +10,7 @@ from .folder_files import grafted_config, write_code
 from .graft import ROE_FILE, total_bytes
 from .made_tensors import numbered, padded_rows, stream_files
 from .original_config import DTYPES, FORMAT_VERSION, check_sizes, llava_config, read_flat_config, text_config
-from .original_layout import Layout, adapter_size, check_complete, describe_buffers, rename_original
+from .original_layout import Layout, adapter_size, check_complete, check_tied, describe_buffers, rename_original
 from .original_processor import (
     SpecialTokens,
     add_special_tokens,
@@ -49,6 +49,7 @@ class Plan:
         processor: with them; `None` if there is no tokenizer.
         note: what a caller should know about the processor's prompt.
         config: content of the new config.json.
+        generation: content of the new generation_config.json.
         files: the new weight files.
         padded: what was added to tensors, name to number of rows.
     """
@@ -60,6 +61,7 @@ class Plan:
     processor: LlavaProcessor | None
     note: str | None
     config: dict
+    generation: dict
     files: dict[str, StoredTensors]
     padded: dict[str, int]
 
@@ -122,6 +124,7 @@ def plan_import(source: Source, routed: bool, vision_tower: str | Path | None) -
     dtype = DTYPES.get(max(checkpoint.tensors.values(), key=lambda tensor: tensor.num_bytes).dtype, "float32")
     with blamed_on(path):
         text = text_config(flat)
+    check_tied(checkpoint.tensors, text.tie_word_embeddings, path)
     origin = provenance(source, flat, tower, tokens, describe_buffers(layout.buffers, text))
     with blamed_on(path):
         config = llava_config(flat, tower.config, tokens, dtype, origin)
@@ -131,7 +134,8 @@ def plan_import(source: Source, routed: bool, vision_tower: str | Path | None) -
     files = {name: StoredTensors(tensors) for name, tensors in layout.files.items()}
     extra = {ROE_FILE: StoredTensors(layout.routing)} if routed else {}
     processor, note = plan_processor(tokenizer, tower, config, flat.get("image_aspect_ratio") == "pad")
-    return Plan(source, layout, tower, tokens, processor, note, config, numbered(files, extra), padded)
+    generation = generation_settings(source.folder, config, tokens)
+    return Plan(source, layout, tower, tokens, processor, note, config, generation, numbered(files, extra), padded)
 
 
 def plan_processor(tokenizer, tower: Tower, config: dict, pads: bool) -> tuple[LlavaProcessor | None, str | None]:
@@ -204,7 +208,7 @@ def routed_config(config: dict, layout: Layout, source: Source) -> dict:
 def write_companions(plan: Plan, folder: Path, routed: bool) -> None:
     """Config, generation settings, processor, tokenizer and code."""
     write_json(folder / "config.json", plan.config)
-    write_json(folder / "generation_config.json", generation_settings(plan.source.folder, plan.config, plan.tokens))
+    write_json(folder / "generation_config.json", plan.generation)
     if plan.processor is not None:
         plan.processor.save_pretrained(folder)
         check_tokens(AutoTokenizer.from_pretrained(folder), plan.tokens, folder)

@@ -22,6 +22,7 @@ from .keys import (
     ROE_KEYS,
     ROTARY_BUFFERS,
     ROUTING_TOKENS,
+    is_unread,
     renamed,
 )
 from .made_tensors import check_dtype, in_memory, joined
@@ -141,8 +142,8 @@ def adapter_size(layout: Layout) -> int:
     name = "language_model.model.layers.0.adapter.down_proj.weight"
     if name not in layout.routing:
         raise ValueError(
-            f"model.layers.0.adapter_MHA.conv_A.weight is missing among {len(layout.routing)} routing tensors: was a "
-            "shard lost?"
+            f"{next(iter(layout.routing.values())).file.parent} lacks model.layers.0.adapter_MHA.conv_A.weight among "
+            f"{len(layout.routing)} routing tensors: was a shard lost?"
         )
     tensor = layout.routing[name]
     if len(tensor.shape) != 2:
@@ -153,8 +154,10 @@ def adapter_size(layout: Layout) -> int:
 # ---------------------------------------- completeness
 
 
-def expected_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a model, by name in memory, with its shape; nothing is allocated.
+def expected_shapes(config: dict) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Every tensor of a model, by name in memory, with its shape, and which of them another one may stand for.
+
+    Nothing is allocated.
 
     Args:
         config: content of its config.json.
@@ -163,28 +166,29 @@ def expected_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     cls = RoeLlavaForConditionalGeneration if routed else LlavaForConditionalGeneration
     with torch.device("meta"):
         model = cls(cls.config_class.from_dict(config))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, set(model.all_tied_weights_keys)
 
 
 def check_complete(tensors: dict[str, StoredTensor], config: dict, folder: Path) -> None:
     """Check that tensors are those of the model a config describes, no more and no less.
 
+    Buffers that no model reads may be among them.
+
     Args:
-        tensors: name on disk to tensor, as they are to be written.
+        tensors: name on disk to tensor, as they are to be written, or as they are.
         config: content of the config.json to be written.
         folder: where they come from, for messages.
     Raises: ValueError naming file, tensor, what was found and what was expected.
     """
     with blamed_on(folder / "config.json"):
-        expected = expected_shapes(config)
-    found = {renamed(name, ROE_KEYS) or renamed(name, BASE_KEYS): tensor for name, tensor in tensors.items()}
-    missing = expected.keys() - found.keys()
-    if config.get("tie_word_embeddings"):
-        missing -= {"lm_head.weight"}
-    if missing:
+        expected, tied = expected_shapes(config)
+    found = named_as_in_memory(tensors)
+    if missing := expected.keys() - found.keys() - tied:
+        is_renamed = any(name != tensor.name for name, tensor in tensors.items())
+        names = sorted(map(original_name, missing) if is_renamed else missing)
         raise ValueError(
-            f"{folder} lacks {listed(sorted(map(original_name, missing)))}, expected {len(expected)} tensors for its "
-            f"config, found {len(found)}: was a shard lost?"
+            f"{folder} lacks {listed(names)}, expected {len(expected)} tensors for its config, found {len(found)}: was "
+            "a shard lost?"
         )
     for name, tensor in found.items():
         if name not in expected:
@@ -198,6 +202,46 @@ def check_complete(tensors: dict[str, StoredTensor], config: dict, folder: Path)
                 "its config: do config and weights belong together?"
             )
         check_dtype(tensor)
+
+
+def check_tied(tensors: dict[str, StoredTensor], is_tied: bool, path: Path) -> None:
+    """Check that an output layer which a config ties to the embedding holds the embedding's values.
+
+    Args:
+        tensors: by name in the original layout.
+        is_tied: whether the config says so.
+        path: of the config.
+    Raises: ValueError if it holds others: readers of such a checkpoint differ in which of the two they take.
+    """
+    embedding, head = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if not is_tied or embedding is None or head is None:
+        return
+    if embedding.kind != head.kind or any(
+        one != other for one, other in zip(embedding.blocks(), head.blocks(), strict=True)
+    ):
+        raise ValueError(
+            f"{path} has tie_word_embeddings true, but {head.name} in {head.file} is not {embedding.name}: do config "
+            "and weights belong together?"
+        )
+
+
+def named_as_in_memory(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors by their names in memory, without buffers that no model reads; one without such a name keeps its own.
+
+    Raises: ValueError if two have one name in memory.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        if is_unread(name):
+            continue
+        memory = renamed(name, ROE_KEYS) or renamed(name, BASE_KEYS) or name
+        if memory in found:
+            raise ValueError(
+                f"{found[memory].name} in {found[memory].file} and {tensor.name} in {tensor.file} are one tensor "
+                "of the model, under names of two layouts: were two checkpoints merged?"
+            )
+        found[memory] = tensor
+    return found
 
 
 def original_name(name: str) -> str:
@@ -256,13 +300,23 @@ def remade_buffers(entries: list[dict], path: Path) -> dict[str, StoredTensor]:
 
     Args:
         path: where the entries were read.
+    Raises: ValueError if they are not what was described, or would take the place of weights.
     """
     made = {}
     for entry in entries:
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        if entry["values"] is None:
-            tensor = torch.arange(shape[-1], dtype=dtype).expand(shape).clone()
-        else:
-            tensor = torch.frombuffer(bytearray.fromhex(entry["values"]), dtype=dtype).reshape(shape)
-        made |= {name: in_memory(name, tensor, path) for name in entry["names"]}
+        try:
+            names, tensor = list(entry["names"]), remade_buffer(entry)
+        except Exception as error:  # whatever a changed entry leads to
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} describes a buffer as {entry!r:.120}, which cannot be made ({reason})") from error
+        if wrong := [name for name in names if not isinstance(name, str) or buffer_reason(name) is None]:
+            raise ValueError(f"{path} describes {wrong[0]!r} as a buffer, expected rotary frequencies or positions")
+        made |= {name: in_memory(name, tensor, path) for name in names}
     return made
+
+
+def remade_buffer(entry: dict) -> torch.Tensor:
+    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+    if entry["values"] is None:
+        return torch.arange(shape[-1], dtype=dtype).expand(shape).clone()
+    return torch.frombuffer(bytearray.fromhex(entry["values"]), dtype=dtype).reshape(shape)

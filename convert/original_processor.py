@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
+from PIL import Image
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, CLIPVisionConfig, LlavaProcessor
 from transformers.utils import is_torchvision_available
@@ -230,6 +231,7 @@ def image_processor(preprocessor: dict | None, vision: CLIPVisionConfig, pads: b
     with blamed_on(where / "preprocessor_config.json"):
         made = cls(**settings | ({"do_pad": True} if pads else {}))
         size = made.crop_size if made.do_center_crop else made.size
+        made(Image.new("RGB", (side + 8, side)))  # wrong means or filters show here, not in the settings
     if (size["height"], size["width"]) != (side, side):
         raise ValueError(
             f"preprocessor_config.json in {where} makes images of {size['height']} x {size['width']}, its config.json "
@@ -261,14 +263,26 @@ def make_processor(tokenizer, images, config: dict) -> tuple[LlavaProcessor, str
     return processor, note
 
 
+def read_generation_config(folder: Path) -> dict:
+    """generation_config.json of a checkpoint; empty if it has none.
+
+    Raises: ValueError if what has to be added to is not what Transformers writes.
+    """
+    path = folder / "generation_config.json"
+    content = read_json(path) if path.is_file() else {}
+    tokens = content.get("suppress_tokens")
+    if tokens is not None and not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
+        raise ValueError(f"{path} has suppress_tokens {tokens!r:.60}, expected null or a list of token ids")
+    return content
+
+
 def generation_settings(source: Path, config: dict, tokens: SpecialTokens) -> dict:
     """generation_config.json: the original's, with the new padding id and without tokens the original cannot write.
 
     Leaving those out gives greedy and sampled texts exactly the original's distribution; a written `<image>` would ask
     for a picture that is not there.
     """
-    path = source / "generation_config.json"
-    content = read_json(path) if path.is_file() else {}
+    content = read_generation_config(source)
     for name in ("bos_token_id", "eos_token_id"):
         if content.get(name) is None and config.get(name) is not None:
             content[name] = config[name]

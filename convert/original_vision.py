@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import CLIPVisionConfig
 
 from .keys import POSITION_BUFFERS, TOWER_DROPPED, TOWER_KEYS, renamed
-from .source import Source, blamed_on, read_json, resolve_source
+from .source import Source, blamed_on, expanded, read_json, resolve_source
 from .state_dict import listed
 from .weights import Checkpoint, StoredTensor, open_checkpoint
 
@@ -80,7 +80,7 @@ def fetched(tower: str | Path, weights: bool) -> Path:
 
     Raises: ValueError if it is neither, or cannot be had.
     """
-    is_folder = Path(tower).expanduser().is_dir()
+    is_folder = expanded(tower).is_dir()
     return resolve_source(tower).folder if weights or is_folder else download_configs(str(tower))
 
 
@@ -150,7 +150,8 @@ def check_tower_sizes(config: CLIPVisionConfig, folder: Path, tensors: dict[str,
         tensors: by name without any prefix, "vision_model....".
     Raises: ValueError naming the entry and the tensor.
     """
-    layers = {int(name.split(".")[3]) for name in tensors if name.startswith("vision_model.encoder.layers.")}
+    numbers = (re.match(r"vision_model\.encoder\.layers\.(\d+)\.", name) for name in tensors)
+    layers = {int(number[1]) for number in numbers if number}
     path = folder / "config.json"
     if len(layers) != config.num_hidden_layers:
         raise ValueError(

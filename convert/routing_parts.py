@@ -10,6 +10,7 @@ from tqdm import tqdm
 from ..configuration_roe import RoeLlavaConfig
 from .adapter_file import ABOUT_NAME, AdapterInfo, check_stored_parts, open_adapter
 from .fingerprint import base_signatures, base_tensors
+from .folder_files import check_opens
 from .source import Source, read_json
 from .state_dict import difference, split_routing_parts
 from .weights import Checkpoint, StoredTensor, open_checkpoint
@@ -48,12 +49,31 @@ def open_routing_parts(where: Source) -> RoutingParts:
             f"{folder / 'config.json'} has model_type {content.get('model_type')!r}, expected "
             f"{RoeLlavaConfig.model_type!r}: are BASE and ROE swapped?"
         )
-    provenance = content.get("roe_provenance") or {}
-    info = AdapterInfo.of_config(RoeLlavaConfig.from_dict(content), provenance.get("training"))
+    check_opens(content, folder / "config.json")
+    info = AdapterInfo.of_config(RoeLlavaConfig.from_dict(content), recorded_training(content, folder / "config.json"))
     checkpoint = open_checkpoint(folder)
     tensors = split_routing_parts(checkpoint.tensors)[1]
     check_stored_parts(tensors, info.sizes, folder)
     return RoutingParts(where, info, tensors, checkpoint)
+
+
+def recorded_training(config: dict, path: Path) -> dict | None:
+    """The summary of the training in a RoE checkpoint's config.json.
+
+    Args:
+        config: its content.
+        path: of the file, for messages.
+    Raises: ValueError if what it says of the weights' provenance is not what a graft writes.
+    """
+    provenance = config.get("roe_provenance")
+    if not isinstance(provenance, dict | None):
+        raise ValueError(f"{path} has roe_provenance {provenance!r:.60}, expected an object: was it changed by hand?")
+    for name in ("training", "base"):
+        if not isinstance(value := (provenance or {}).get(name), dict | None):
+            raise ValueError(
+                f"{path} has roe_provenance.{name} {value!r:.60}, expected an object: was it changed by hand?"
+            )
+    return (provenance or {}).get("training")
 
 
 def expected_base(parts: RoutingParts, base: str | Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapter_roe import read_json
+from ..adapter_roe import expanded, read_json
 
 # What is taken from the Hub beside weights; a base's code is not run here.
 COMPANIONS = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
@@ -32,7 +32,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Source:
 
     Raises: ValueError if it is neither, or a revision is given for a folder; OSError if the download fails.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision {revision!r} given with the folder {folder}: only a Hub id has revisions")
@@ -72,4 +72,4 @@ def blamed_on(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} does not hold what Transformers needs: {type(error).__name__}: {reason}") from error
 
 
-__all__ = ["Source", "blamed_on", "read_json", "resolve_source"]
+__all__ = ["Source", "blamed_on", "expanded", "read_json", "resolve_source"]

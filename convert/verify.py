@@ -19,10 +19,11 @@ from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from .adapter_file import ABOUT_NAME
 from .fingerprint import base_signatures, base_tensors, fingerprint
 from .folder_files import read_base_config
+from .original_layout import check_complete
 from .output import write_json
 from .routing_parts import byte_progress, open_routing_parts
-from .source import Source, resolve_source
-from .state_dict import difference
+from .source import Source, read_json, resolve_source
+from .state_dict import difference, listed
 from .verify_prompts import Answer, agreement, answer, batch_of, executed_layers, prompts_for, stock_twin
 from .weights import open_checkpoint
 
@@ -102,10 +103,12 @@ def verify(
     Returns: the report.
     Raises: ValueError if a checkpoint cannot be opened at all.
     """
+    check_options(dtype, num_tokens, repeats)
+    device = default_device() if device == "auto" else checked_device(device)
     base_source = resolve_source(base, revision)
-    read_base_config(base_source.folder)
+    config = read_base_config(base_source.folder)
     roe_source = None if roe is None else resolve_source(roe, roe_revision)
-    device = default_device() if device == "auto" else device
+    check_complete(open_checkpoint(base_source.folder).tensors, config, base_source.folder)
     report = Report(setup={"device": device, "dtype": dtype, **describe_machine()})
     if roe_source is not None:
         check_bytes(report, base_source, roe_source, show)
@@ -113,6 +116,7 @@ def verify(
     stock = load_stock(base_source, dtype, device)
     prompts = prompts_for(processor, stock)
     expected = {name: answer(stock, inputs, num_tokens) for name, inputs in prompts.items()}
+    check_answers(expected, base_source, stock.dtype)
     if roe_source is None or not is_adapter(roe_source):
         stock = free(stock)
     model = load_roe(base_source, roe_source, stock, dtype, device)
@@ -125,6 +129,45 @@ def verify(
         routing = {} if roe_source is not None else {"route_bias": float("inf")}
         time_both(report, model, stock or stock_twin(model), prompts, num_tokens, repeats, routing, show)
     return report
+
+
+def check_options(dtype: str, num_tokens: int, repeats: int) -> None:
+    """Raises: ValueError naming an option that is out of range."""
+    names = [str(one).removeprefix("torch.") for one in ROUNDING]
+    if dtype not in ("auto", *names):
+        raise ValueError(f"dtype must be 'auto' or one of {', '.join(names)}, got {dtype!r}")
+    if num_tokens < 1:
+        raise ValueError(f"the number of tokens to write must be 1 or more, got {num_tokens}")
+    if repeats < 0:
+        raise ValueError(f"repeats must be 0 (nothing is timed) or more, got {repeats}")
+
+
+def checked_device(device: str) -> str:
+    """A device by the name torch has for it.
+
+    Raises: ValueError if there is none here.
+    """
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("meta tensors have no values")
+        torch.zeros(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"device {device!r} cannot be used here: {reason} (expected 'auto', 'cpu', or an accelerator of this "
+            "machine that this PyTorch was built for)"
+        ) from error
+    return device
+
+
+def check_answers(answers: dict[str, Answer], base: Source, dtype: torch.dtype) -> None:
+    """Raises: ValueError if the stock model answers with numbers that cannot be compared."""
+    for question, found in answers.items():
+        if not torch.isfinite(found.logits).all() or found.steps.isnan().any():
+            raise ValueError(
+                f"the stock model in {base.folder} answers {question!r} with logits that are NaN or Inf, expected "
+                f"finite ones: are there NaN among its weights, or too large values for {dtype} (give another --dtype)?"
+            )
 
 
 def default_device() -> str:
@@ -147,15 +190,24 @@ def load_processor(base: Source):
     """
     try:
         return AutoProcessor.from_pretrained(base.folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the libraries below make of a damaged file
         raise ValueError(
-            f"{base.folder} has no processor that opens ({error}): there is nothing to ask with"
+            f"{base.folder} has no processor that opens ({type(error).__name__}: {error}): there is nothing to ask with"
         ) from error
 
 
 def load_stock(base: Source, dtype: str, device: str):
-    """The stock model."""
-    return LlavaForConditionalGeneration.from_pretrained(base.folder, dtype=dtype).to(device).eval()
+    """The stock model.
+
+    Raises: ValueError if a weight of it would be made up.
+    """
+    model, info = LlavaForConditionalGeneration.from_pretrained(base.folder, dtype=dtype, output_loading_info=True)
+    if wrong := [name for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in info[kind]]:
+        raise ValueError(
+            f"{base.folder} does not load as a whole: {listed(sorted(map(str, wrong)))} is missing, unknown or of "
+            "another shape for Transformers"
+        )
+    return model.to(device).eval()
 
 
 def is_adapter(roe: Source) -> bool:
@@ -176,6 +228,8 @@ def load_roe(base: Source, roe: Source | None, stock, dtype: str, device: str):
 def check_bytes(report: Report, base: Source, roe: Source, show) -> None:
     """Whether the weights under the routing parts are the base's, to the byte, as stored."""
     parts = open_routing_parts(roe)
+    if parts.checkpoint is not None:
+        check_complete(parts.checkpoint.tensors, read_json(roe.folder / "config.json"), roe.folder)
     with byte_progress(sum(t.num_bytes for t in base_tensors(open_checkpoint(base.folder)).values()), "base") as bar:
         found = base_signatures(open_checkpoint(base.folder), bar)
     if parts.checkpoint is not None:
@@ -288,6 +342,8 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     """Run the command; 1 if a check failed."""
+    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise ValueError(f"--json {args.json} is a folder or in none, expected a file in a folder that is there")
     report = verify(
         args.base,
         args.roe,

@@ -85,7 +85,7 @@ class Answer:
 
     def relative_difference(self, other: "Answer") -> float:
         """The same as a share of the largest logit."""
-        return self.logit_difference(other) / self.logits.abs().max().item()
+        return self.logit_difference(other) / max(finite_size(self.logits), torch.finfo(torch.float32).tiny)
 
     def rows(self) -> list["Answer"]:
         """One answer per row."""
@@ -138,16 +138,23 @@ def agreement(expected: Answer, found: Answer, rounding: float) -> tuple[bool, s
     if expected.routes is not None and found.routes is not None and not torch.equal(expected.routes, found.routes):
         margin = expected.margins[expected.routes.cpu() != found.routes.cpu()].min().item()
         return margin < rounding, f"another route, where a router was {margin:.2g} from deciding so"
-    allowed = rounding * expected.steps.abs().max().item()
+    allowed = rounding * finite_size(expected.steps)
     for step, (ours, theirs) in enumerate(zip(expected.tokens[0], found.tokens[0], strict=True)):
-        apart = (expected.steps[0, step] - found.steps[0, step]).abs()
-        apart = apart[torch.isfinite(apart)]  # a suppressed token has -inf in both
+        one, other = expected.steps[0, step], found.steps[0, step]
+        if one.isnan().any() or other.isnan().any():
+            return False, f"logits of token {step} hold NaN"
+        apart = (one - other).abs().nan_to_num(nan=0.0, posinf=float("inf"))  # a suppressed token has -inf in both
         if apart.max().item() > allowed:
             return False, f"logits of token {step} are {apart.max().item():.2g} apart, allowed {allowed:.2g}"
         if ours != theirs:
             gap = (expected.steps[0, step, ours] - expected.steps[0, step, theirs]).abs().item()
             return gap <= allowed, f"tokens part at number {step}, where the two best are {gap:.2g} apart"
     return True, "same tokens"
+
+
+def finite_size(logits: Tensor) -> float:
+    """The largest absolute value that is finite; 0 where none is."""
+    return logits.abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).max().item()
 
 
 class RanLayers:

@@ -6,7 +6,6 @@ the tensor it belongs to. Copying, hashing and renaming are loops over blocks.
 
 import json
 import math
-import pickle
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapter_roe import BLOCK_SIZE, DTYPE_NAMES, DTYPES, listed
+from ..adapter_roe import BLOCK_SIZE, DTYPE_NAMES, DTYPES, listed, read_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +110,8 @@ class SafetensorsFile:
         self.num_bytes = path.stat().st_size
         header, self.data_start = self._header()
         self.metadata = header.pop("__metadata__", {})
+        for name, about in header.items():
+            self._check_entry(name, about)
         items = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         self.tensors = {name: self._tensor(name, about) for name, about in items}
         ends = [0] + [about["data_offsets"][1] for _, about in items]
@@ -132,9 +133,22 @@ class SafetensorsFile:
                     "safetensors file (a Git LFS pointer?)"
                 )
             try:
-                return json.loads(file.read(length)), 8 + length
-            except ValueError as error:
+                header = json.loads(file.read(length))
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{self.path} has no readable header ({error}): is it safetensors?") from error
+        if not isinstance(header, dict):
+            raise ValueError(f"{self.path} has a header that is {header!r:.60}, expected an object: is it safetensors?")
+        return header, 8 + length
+
+    def _check_entry(self, name: str, about) -> None:
+        entry = about if isinstance(about, dict) else {}
+        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        fits = isinstance(dtype, str) and are_counts(shape) and are_counts(offsets) and len(offsets) == 2
+        if not fits or offsets[0] > offsets[1]:
+            raise ValueError(
+                f"{name} in {self.path} is described by {about!r:.120}, expected dtype, shape and two data_offsets: "
+                "the header is damaged"
+            )
 
     def _tensor(self, name: str, about: dict) -> StoredTensor:
         begin, end = about["data_offsets"]
@@ -154,6 +168,11 @@ class SafetensorsFile:
         for tensor in self.tensors.values():
             for block in tensor.blocks():
                 yield tensor, block
+
+
+def are_counts(values) -> bool:
+    """Whether a JSON value is a list of numbers from 0 on."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 class StoredTensors:
@@ -197,6 +216,8 @@ class BinFile(StoredTensors):
         self.path = path
         tensors = {}
         for name, tensor in load_bin(path).items():
+            if not isinstance(name, str):
+                raise ValueError(f"{path} names a tensor {name!r}, expected text: is it a model's weights?")
             if not isinstance(tensor, torch.Tensor):
                 raise ValueError(f"{name} in {path} is a {type(tensor).__name__}, expected nothing but tensors")
             if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
@@ -215,16 +236,21 @@ class BinFile(StoredTensors):
 def load_bin(path: Path) -> dict:
     """The dict in a `.bin` file; nothing in it is executed.
 
-    Raises: ValueError if it holds more than tensors.
+    Raises: ValueError if it holds more than tensors, is no dict, or is damaged.
     """
     try:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # written before PyTorch 1.6: cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a cut or changed pickle fails in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as tensors alone: {reason} (cut, or no checkpoint?)") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors by name")
+    return content
 
 
 @dataclass(frozen=True)
@@ -280,17 +306,11 @@ def read_indexed(folder: Path, index: Path) -> Checkpoint:
 
     Raises: ValueError if the index and the shards do not hold the same tensors.
     """
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{index} has no readable weight_map: {error}") from error
+    weight_map = read_weight_map(index)
     names = sorted(set(weight_map.values()))
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{index} lists {listed(absent)}, which is not in {folder}: is the download complete?")
-    pattern = re.sub(r"\d+", r"\\d+", re.escape(names[0])) if names else ""
-    if extra := sorted(path.name for path in folder.iterdir() if re.fullmatch(pattern, path.name)):
-        extra = [name for name in extra if name not in names]
-    if extra:
+    if extra := unlisted_files(folder, names):
         raise ValueError(f"{listed(extra)} in {folder} is missing from {index.name}: was a shard added or renamed?")
     checkpoint = read_files(folder, names)
     placed = {name: tensor.file.name for name, tensor in checkpoint.tensors.items()}
@@ -301,3 +321,32 @@ def read_indexed(folder: Path, index: Path) -> Checkpoint:
             "do the shards belong to this index?"
         )
     return checkpoint
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name to file name, as an index has them.
+
+    Raises: ValueError if it is not such a map.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no readable weight_map, found {weight_map!r:.60}: is it an index of shards?")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index} says {name} is in {file!r}, expected the name of a file beside it")
+    return weight_map
+
+
+def unlisted_files(folder: Path, names: list[str]) -> list[str]:
+    """Weight files that an index leaves out.
+
+    Those have names as listed ones have but for numbers, or begin as Transformers names shards ("model-base"). Others
+    (an adapter file, consolidated.safetensors, mm_projector.bin, model.fp16-...) are of other tools or variants.
+
+    Args:
+        names: of the listed files.
+    """
+    patterns = {re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names}
+    patterns |= {rf"(pytorch_)?model[-_].*{re.escape(Path(name).suffix)}" for name in names}
+    found = {path.name for path in folder.iterdir() if any(re.fullmatch(one, path.name) for one in patterns)}
+    return sorted(found - set(names))

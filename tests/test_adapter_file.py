@@ -192,3 +192,96 @@ def test_base_of_other_sizes_is_refused_when_saving(tmp_path, trained):
 def test_training_summary_with_nan_is_refused(tmp_path, trained):
     with pytest.raises(ValueError, match="fit into JSON"):
         save_adapter(trained, trained.config, tmp_path / "adapter", training={"loss": float("nan")})
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("num_hidden_layers", "3", "a positive integer"),
+        ("num_hidden_layers", 3.0, "a positive integer"),
+        ("num_hidden_layers", True, "a positive integer"),
+        ("hidden_size", -16, "a positive integer"),
+        ("adapter_size", 0, "a positive integer"),
+        ("text_model_type", 3, "text"),
+        ("routed_layers", 2, "null or a list of layer numbers"),
+        ("routed_layers", ["0", 1], "null or a list of layer numbers"),
+        ("routed_layers", [-1], "null or a list of layer numbers"),
+        ("routing_positions", ["first"], "text"),
+        ("target_skip_ratio", "0.3", "a number"),
+        ("target_skip_ratio", True, "a number"),
+        ("training", [3], "an object"),
+        ("base", "llava", "null or an object"),
+    ],
+)
+def test_json_entry_of_a_wrong_type_is_named(adapter, name, value, expected):
+    change_json(adapter / "roe_adapter.json", **{name: value})
+    with pytest.raises(ValueError, match=rf"roe_adapter.json has {name} .*, expected {expected}"):
+        read_adapter(adapter)
+
+
+def test_json_entry_that_is_null_is_named(adapter):
+    content = json.loads((adapter / "roe_adapter.json").read_text())
+    for name in ("num_hidden_layers", "hidden_size", "adapter_size", "routing_question", "target_skip_ratio"):
+        (adapter / "roe_adapter.json").write_text(json.dumps(content | {name: None}))
+        with pytest.raises(ValueError, match=rf"roe_adapter.json has {name} None, expected"):
+            read_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"target_skip_ratio": 0.9}, r"target_skip_ratio must lie in \[0, 0.5\], got 0.9"),
+        ({"target_skip_ratio": float("nan")}, r"target_skip_ratio must lie in \[0, 0.5\], got nan"),
+        ({"routing_positions": "last"}, r"routing_positions must be one of .*got 'last'"),
+        ({"routed_layers": [0, 0]}, r"routed_layers must be distinct .*got \[0, 0\]"),
+        ({"routed_layers": [3]}, r"routed_layers must be distinct .*got \[3\]"),
+    ],
+)
+def test_json_entry_out_of_range_is_named_with_the_file(adapter, entries, message):
+    change_json(adapter / "roe_adapter.json", **entries)
+    with pytest.raises(ValueError, match=rf"roe_adapter.json has an entry that cannot be: {message}"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("version", [True, 0, -3, "1", 1.0])
+def test_format_version_is_a_number_from_one_on(adapter, version):
+    change_json(adapter / "roe_adapter.json", format_version=version)
+    with pytest.raises(ValueError, match=rf"roe_adapter.json has format_version {version!r}, "):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda base: base.pop("id"), "lacks id in base"),
+        (lambda base: base.pop("tensors"), "lacks tensors in base"),
+        (lambda base: base.update(revision=3), "base.revision 3, expected null or text"),
+        (
+            lambda base: base.update(tensors=["lm_head.weight"]),
+            r"base.tensors \['lm_head.weight'\], expected an object",
+        ),
+        (lambda base: base["tensors"].update({"lm_head.weight": 3}), "base.tensors .*expected an object of signatures"),
+        # Without a digest, any base of those shapes would pass.
+        (
+            lambda base: base["tensors"].update({"lm_head.weight": "F32 [32, 16]"}),
+            "base.tensors .*expected an object of signatures",
+        ),
+        (
+            lambda base: base["tensors"].update({"lm_head.weight": "F32 [32, 16] 0123456789abcdef"}),
+            "base.fingerprint '[0-9a-f]{64}', expected [0-9a-f]{64}, that of base.tensors",
+        ),
+        (lambda base: base.update(fingerprint="0" * 64), "base.fingerprint '0+', expected .*, that of base.tensors"),
+    ],
+)
+def test_damaged_record_of_a_base_is_named(adapter, change, message):
+    base = json.loads((adapter / "roe_adapter.json").read_text())["base"]
+    change(base)
+    change_json(adapter / "roe_adapter.json", base=base)
+    with pytest.raises(ValueError, match=rf"roe_adapter.json (has )?{message}"):
+        read_adapter(adapter)
+
+
+def test_json_nested_too_deeply_is_named(adapter):
+    (adapter / "roe_adapter.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"roe_adapter.json is not readable JSON: maximum recursion depth"):
+        read_adapter(adapter)

@@ -308,3 +308,84 @@ def test_missing_shard_is_refused(imported):
 
 def test_place_of_the_tower_is_one_of_two(imported):
     refuses("vision_tower must be 'inside' or 'beside', got 'elsewhere'", imported, vision_tower="elsewhere")
+
+
+def change_origin(folder, **entries):
+    """Edit what an import kept in config.json for the way back."""
+    origin = json.loads((folder / "config.json").read_text())["original_layout"]
+    change_json(folder / "config.json", original_layout=origin | entries)
+
+
+ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"format_version": True}, "format_version True, this program reads up to 1"),
+        ({"format_version": 0}, "format_version 0, this program reads up to 1"),
+        ({"vocab_size": 0}, "vocab_size 0 and padded_vocab_size 192, expected positive integers"),
+        ({"vocab_size": True}, "vocab_size True and padded_vocab_size 192, expected positive"),
+        ({"vocab_size": -5}, "vocab_size -5 and padded_vocab_size 192, expected positive"),
+        ({"vocab_size": 10}, "vocab_size 10, its config has vocab_size 128"),
+        ({"vocab_size": 10**6}, "vocab_size 1000000 and padded_vocab_size 192, expected .*not below"),
+        ({"vision_tower": "junk"}, "vision_tower 'junk', expected 'inside' or 'beside'"),
+        ({"config": {}}, "its config has vocab_size None"),
+        ({"config": {"vocab_size": 128, "mm_vision_tower": 3}}, "mm_vision_tower 3, expected one size and a name"),
+        ({"config": {"vocab_size": 128}}, "KeyError: 'model_type'"),
+        ({"config": {"vocab_size": 128, "model_type": "junk"}}, "KeyError: 'junk'"),
+        (
+            {"config": {"vocab_size": 128, "model_type": "llava_llama", "hidden_size": "a"}},
+            "'hidden_size' expected int",
+        ),
+        ({"buffers": [1]}, "describes a buffer as 1, which cannot be made"),
+        ({"buffers": [{}]}, "describes a buffer as {}, which cannot be made"),
+        ({"buffers": [{"names": [ROTARY], "dtype": "X", "shape": [1], "values": None}]}, "which cannot be made"),
+        ({"buffers": [{"names": [ROTARY], "dtype": "F32", "shape": [9], "values": "00" * 4}]}, "which cannot be made"),
+        ({"buffers": [{"names": [ROTARY], "dtype": "F32", "shape": [1], "values": "zz"}]}, "which cannot be made"),
+        ({"buffers": [{"names": [ROTARY], "dtype": "I64", "shape": [], "values": None}]}, "which cannot be made"),
+        (
+            {"buffers": [{"names": ["model.norm.weight"], "dtype": "F32", "shape": [1], "values": "00" * 4}]},
+            "describes 'model.norm.weight' as a buffer, expected rotary",
+        ),
+        ({"buffers": [{"names": [3], "dtype": "F32", "shape": [1], "values": "00" * 4}]}, "describes 3 as a buffer"),
+    ],
+)
+def test_edited_record_of_an_import_is_refused(imported, entries, message):
+    change_origin(imported, **entries)
+    refuses(rf"roe.config.json .*{message}", imported)
+
+
+@pytest.mark.parametrize("value", ["x", [1]])
+def test_record_of_an_import_that_is_no_object_is_refused(imported, value):
+    change_json(imported / "config.json", original_layout=value)
+    refuses(r"original_layout in .*config.json is .*, expected an object", imported)
+
+
+def test_tied_embeddings_with_an_output_layer_of_its_own_are_refused(imported):
+    change_json(imported / "config.json", tie_word_embeddings=True)
+    refuses(r"config.json has tie_word_embeddings true, but .*lm_head.weight in .* is not .*embed_tokens", imported)
+
+
+def test_companions_that_cannot_be_exported_are_refused_before_anything_is_written(tmp_path, imported):
+    settings = imported / "generation_config.json"
+    for text, message in (
+        ('{"suppress_tokens": 5}', "has suppress_tokens 5, expected null or a list of token ids"),
+        ('{"suppress_tokens": ["a"]}', r"has suppress_tokens \['a'\], expected"),
+        ("{", "is not readable JSON"),
+    ):
+        settings.write_text(text)
+        refuses(rf"generation_config.json {message}", imported)
+        refuses(rf"generation_config.json {message}", imported, dry_run=True)
+    settings.unlink()
+    (imported / "processor_config.json").write_text('{"image_processor": "x"}')
+    refuses("^[^ ]*processor_config.json has image_processor 'x', expected an object", imported)
+
+
+def test_tensor_under_names_of_two_layouts_is_refused(imported):
+    path = next(imported.glob("model-*-of-*.safetensors"))
+    name = "model.language_model.norm.weight"
+    change_tensors(path, lambda tensors: tensors.update({name: torch.zeros(64)}))
+    weight_map = json.loads((imported / "model.safetensors.index.json").read_text())["weight_map"]
+    change_json(imported / "model.safetensors.index.json", weight_map=weight_map | {name: path.name})
+    refuses("norm.weight in .* and .*norm.weight in .* are one tensor of the model", imported)

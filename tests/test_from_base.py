@@ -349,6 +349,21 @@ def test_model_of_an_unchecked_base_does_not_pass_for_the_base_it_names(tmp_path
     extract(tmp_path / "saved", tmp_path / "out", base=base)
 
 
+def test_base_of_several_dtypes_is_not_called_another_base(tmp_path, base_copy):
+    def halve_norms(tensors):
+        tensors |= {name: tensor.half() for name, tensor in tensors.items() if "layernorm" in name}
+
+    change_tensors(base_copy / "model.safetensors", halve_norms)
+    model = train(base_copy)
+    adapter = save_adapter(model, model.config, tmp_path / "adapter", base=base_copy)
+    with pytest.raises(
+        ValueError, match=r"loaded in F32, .* stored in F16 and F32: .*graft BASE ADAPTER OUT"
+    ) as caught:
+        from_base(base_copy, adapter)
+    assert "Give that base" not in str(caught.value)
+    graft(base_copy, adapter, tmp_path / "out")
+
+
 def test_base_in_another_dtype_is_explained(base, adapter):
     message = r"lm_head.weight is F16 \[32, 16\], was F32 .* loaded in F16, they were trained on F32.*check_base=False"
     refuses(message, base, adapter, dtype=torch.float16)

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+import struct
 
 import pytest
 import torch
 from convert_helpers import change_json, change_tensors, make_base
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from roe_llava.convert.adapter_file import read_adapter, save_adapter
 from roe_llava.convert.graft import graft
+from roe_llava.grafting_roe import fetch_adapter
 
 SHARDS = {"max_shard_size": "20KB"}
 
@@ -84,6 +86,7 @@ def test_adapter_that_contradicts_its_own_sizes_is_refused(tmp_path, base, adapt
     [
         ({"hidden_size": 8}, r"is for the hidden size 16 .*has 8: it was trained on another base"),
         ({"num_hidden_layers": 5}, r"is for the layer count 3 .*has 5: it was trained on another base"),
+        ({"model_type": ["llama"]}, r"text_config.model_type \['llama'\] in .*config.json is not supported"),
         ({"model_type": "gpt2"}, r"text_config.model_type 'gpt2' in .*config.json is not supported, .*llama"),
     ],
 )
@@ -268,3 +271,157 @@ def test_base_whose_files_are_links_into_the_target_is_refused(tmp_path, base_co
     with pytest.raises(ValueError, match="which is read: give another target"):
         graft(links, adapter, out, overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == before
+
+
+# ---------------------------------------- damaged files
+
+
+def header_of(text):
+    """A safetensors file that is nothing but its header."""
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ("[]", r"has a header that is \[\], expected an object"),
+        ("[" * 100_000, "has no readable header"),
+        ('{"a": null}', "None, expected dtype, shape and two data_offsets"),
+        ('{"a": {"dtype": "F32", "shape": [1]}}', "expected dtype, shape and two data_offsets"),
+        ('{"a": {"shape": [0], "data_offsets": [0, 0]}}', "expected dtype, shape and two data_offsets"),
+        ('{"a": {"dtype": ["F32"], "shape": [0], "data_offsets": [0, 0]}}', "expected dtype, shape and two"),
+        ('{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 0]}}', "expected dtype, shape and two"),
+        ('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}', "expected dtype, shape and two"),
+        ('{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0]}}', "expected dtype, shape and two"),
+        ('{"a": {"dtype": "F32", "shape": [0], "data_offsets": [4, 0]}}', "expected dtype, shape and two"),
+    ],
+)
+def test_damaged_safetensors_header_is_refused(tmp_path, base_copy, adapter, header, message):
+    (base_copy / "model.safetensors").write_bytes(header_of(header))
+    refuses(rf"base.model.safetensors .*{message}", base_copy, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ([], "holds a list, expected an object"),
+        ({"weight_map": None}, "has no readable weight_map, found None"),
+        ({"weight_map": ["a"]}, r"has no readable weight_map, found \['a'\]"),
+        ({"weight_map": {}}, "has no readable weight_map, found {}"),
+        ({"weight_map": {"lm_head.weight": None}}, "says lm_head.weight is in None, expected the name of a file"),
+        (
+            {"weight_map": {"lm_head.weight": "../x.safetensors"}},
+            "says lm_head.weight is in '../x.safetensors', expected",
+        ),
+    ],
+)
+def test_damaged_index_is_refused(tmp_path, base_copy, adapter, index, message):
+    (base_copy / "model.safetensors").rename(base_copy / "model-00001-of-00001.safetensors")
+    (base_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses(rf"model.safetensors.index.json {message}", base_copy, adapter, tmp_path / "out")
+
+
+def test_weight_file_that_the_index_leaves_out_is_refused_whatever_its_number(tmp_path, base, adapter):
+    graft(base, adapter, tmp_path / "roe")
+    index = tmp_path / "roe" / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    change_json(index, weight_map={name: file for name, file in weight_map.items() if "base" not in file})
+    message = r"model-base.safetensors in .*roe is missing from model.safetensors.index.json"
+    refuses(message, base, tmp_path / "roe", tmp_path / "out")
+
+
+def test_files_of_other_tools_beside_shards_are_no_shards(tmp_path, adapter):
+    base = make_base(tmp_path / "base", **SHARDS)
+    names = ["adapter_model", "consolidated", "model.fp16-00001-of-00001", "roe_adapter"]
+    for name in names:
+        save_file({"x": torch.zeros(1)}, base / f"{name}.safetensors")
+    torch.save({}, base / "pytorch_model-00001-of-00002.bin")
+    graft(base, adapter, tmp_path / "out")
+    assert not any((tmp_path / "out" / f"{name}.safetensors").exists() for name in names)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([torch.zeros(2)], "holds a list, expected a dict of tensors"),
+        (torch.zeros(2), "holds a Tensor, expected a dict of tensors"),
+        (None, "holds a NoneType, expected a dict of tensors"),
+        ({3: torch.zeros(2)}, "names a tensor 3, expected text"),
+        ({("a", "b"): torch.zeros(2)}, r"names a tensor \('a', 'b'\), expected text"),
+    ],
+)
+def test_bin_file_that_is_no_dict_of_tensors_is_refused(tmp_path, base_copy, adapter, content, message):
+    (base_copy / "model.safetensors").unlink()
+    torch.save(content, base_copy / "pytorch_model.bin")
+    refuses(rf"base.pytorch_model.bin {message}", base_copy, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("is_legacy", [False, True])
+def test_bin_file_that_is_cut_anywhere_is_refused(tmp_path, base_copy, adapter, is_legacy):
+    path = base_copy / "pytorch_model.bin"
+    weights = load_file(base_copy / "model.safetensors")
+    (base_copy / "model.safetensors").unlink()
+    torch.save(weights, path, _use_new_zipfile_serialization=not is_legacy)
+    content = path.read_bytes()
+    lengths = {0, 1, 2, 10, 20, 60, 300, *range(1000, len(content) - 1, len(content) // 15), len(content) - 1}
+    for length in sorted(lengths):
+        path.write_bytes(content[:length])
+        refuses(r"base.pytorch_model.bin cannot be read as tensors alone", base_copy, adapter, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_bin_file_with_a_changed_pickle_is_refused(tmp_path, base_copy, adapter):
+    path = base_copy / "pytorch_model.bin"
+    (base_copy / "model.safetensors").unlink()
+    torch.save({"x": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for place in range(0, len(content) - 8, 3):
+        path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+        with pytest.raises(ValueError, match=r"base|adapter"):  # always with a path, never a bare error of a library
+            graft(base_copy, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"text_config": {"hidden_size": None}}, "'hidden_size' expected int, got NoneType"),
+        ({"text_config": {"hidden_size": "16"}}, "'hidden_size' expected int, got str"),
+        ({"text_config": {"num_attention_heads": 0}}, "ZeroDivisionError"),
+        ({"text_config": {"rope_parameters": "x"}}, "rope_parameters"),
+        ({"vision_config": "x"}, "'vision_config' with value 'x'"),
+        ({"vision_config": {"model_type": "nope"}}, "Unrecognized model type for subconfig: nope"),
+        ({"quantization_config": "x"}, "AttributeError"),
+        ({"image_token_index": "x"}, "'image_token_index' expected int, got str"),
+        ({"image_token_index": 9999}, "image_token_index is 9999, expected one of 32 token ids"),
+        ({"model_type": ["llava"]}, r"model_type \['llava'\], expected 'llava'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("part", ["base", "roe"])
+def test_config_with_wrong_entries_is_refused_by_its_path(tmp_path, base, base_copy, adapter, part, entries, message):
+    folder = base_copy
+    if part == "roe":
+        folder = tmp_path / "roe"
+        graft(base, adapter, folder)
+    content = json.loads((folder / "config.json").read_text())
+    for name, value in entries.items():
+        content[name] = content[name] | value if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(content))
+    if part == "roe":
+        message = message.replace("expected 'llava'", "expected 'roe_llava'")
+    pair = (folder, adapter) if part == "base" else (base, folder)
+    refuses(rf"{folder}.config.json .*{message}", *pair, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", ["x", ["x"], {"training": "x"}, {"base": [1]}])
+def test_provenance_of_a_wrong_type_is_refused(tmp_path, base, adapter, value):
+    graft(base, adapter, tmp_path / "roe")
+    change_json(tmp_path / "roe" / "config.json", roe_provenance=value)
+    refuses(r"config.json has roe_provenance.*, expected an object", base, tmp_path / "roe", tmp_path / "out")
+
+
+def test_home_of_nobody_is_refused(tmp_path, adapter):
+    message = "begins with the home of nobody known here"
+    refuses(message, "~nosuchuser/base", adapter, tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        fetch_adapter("~nosuchuser/adapter", None)

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 from convert_helpers import change_json
-from original_helpers import MEAN, SIDE, change_weights, golden_source, llama_tokenizer, make_original, read_weights
+from original_helpers import (
+    INSIDE,
+    MEAN,
+    SIDE,
+    change_weights,
+    golden_source,
+    llama_tokenizer,
+    make_original,
+    read_weights,
+)
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerFast
@@ -339,3 +348,44 @@ def test_preprocessor_of_another_size_is_refused(tmp_path):
     source, _ = make_original(tmp_path)
     change_json(tmp_path / "vision_tower" / "preprocessor_config.json", crop_size=56)
     refuses(r"preprocessor_config.json in .*vision_tower makes images of 56 x 56, its config.json asks for 28", source)
+
+
+@pytest.mark.parametrize(
+    "entries", [{"image_mean": "a"}, {"image_std": [0.5]}, {"resample": 99}, {"crop_size": "x"}], ids=str
+)
+def test_preprocessor_that_makes_no_pixels_is_refused(tmp_path, entries):
+    source, _ = make_original(tmp_path)
+    change_json(tmp_path / "vision_tower" / "preprocessor_config.json", **entries)
+    refuses(r"vision_tower.preprocessor_config.json does not hold what Transformers needs", source)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "is not readable JSON"),
+        ("[]", "holds a list, expected an object"),
+        ('{"suppress_tokens": 5}', "has suppress_tokens 5, expected null or a list of token ids"),
+        ('{"suppress_tokens": ["a"]}', r"has suppress_tokens \['a'\], expected null or a list"),
+    ],
+)
+def test_broken_generation_settings_are_refused_in_a_dry_run_too(tmp_path, text, message):
+    source, _ = make_original(tmp_path)
+    (source / "generation_config.json").write_text(text)
+    refuses(rf"generation_config.json {message}", source)
+    with pytest.raises(ValueError, match=rf"generation_config.json {message}"):
+        import_llava(source, tmp_path / "out", dry_run=True)
+
+
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_tower_layer_without_a_number_is_refused_by_name(tmp_path, place):
+    source, _ = make_original(tmp_path, place=place)
+    name = "vision_model.encoder.layers.foo.x"
+    where = source if place == "inside" else tmp_path / "vision_tower"
+    prefix = INSIDE if place == "inside" else ""
+    change_weights(where, lambda weights: weights.update({prefix + name: torch.ones(1)}))
+    refuses(rf"{name} in .*pytorch_model.bin is no tensor of the model", source)
+
+
+def test_rope_theta_that_is_null_is_refused(tmp_path):
+    source, _ = make_original(tmp_path, rope_theta=None)
+    refuses(r"checkpoint.config.json does not hold .*rope_theta is None, expected a positive number", source)

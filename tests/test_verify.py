@@ -1,10 +1,12 @@
 """`verify`: passes what is right, and fails, naming it, what is not."""
 
 import json
+import re
 
 import pytest
 import torch
-from convert_helpers import change_tensors, make_base, train
+from convert_helpers import change_json, change_tensors, make_base, train
+from safetensors.torch import load_file
 
 from roe_llava import modeling_roe_llava
 from roe_llava.cli import main
@@ -121,3 +123,98 @@ def test_routes_may_part_at_a_near_tie_alone(margin, passes):
     one = an_answer([0, 0], (3.0, 2.0), torch.tensor([[True, True]]), torch.tensor([[3.0, margin]]))
     other = an_answer([0, 0], (3.0, 2.0), torch.tensor([[True, False]]), torch.tensor([[3.0, margin]]))
     assert agreement(one, other, ROUNDING[torch.float32])[0] is passes
+
+
+# ---------------------------------------- bad input
+
+
+Q_PROJ = "language_model.model.layers.1.self_attn.q_proj.weight"
+IN_MEMORY = "model.language_model.layers.1.self_attn.q_proj.weight"
+BAD_WEIGHTS = [
+    (lambda w: w.pop(Q_PROJ), rf"base lacks {IN_MEMORY}, expected 73 tensors for its config, found 72"),
+    (lambda w: w.update({"foo.bar": torch.zeros(2)}), r"foo.bar in .*base.model.safetensors is no tensor of the model"),
+    (lambda w: w.update({Q_PROJ: w[Q_PROJ].to(torch.int8)}), rf"{Q_PROJ} in .*base.model.safetensors is I8, expected"),
+    (lambda w: w.update({Q_PROJ: w[Q_PROJ].to(torch.float8_e4m3fn)}), rf"{Q_PROJ} in .*is F8_E4M3, expected one of"),
+    (lambda w: w.update({Q_PROJ: w[Q_PROJ][:3]}), rf"{Q_PROJ} in .*base.* has shape \[3, 16\], expected \[16, 16\]"),
+    (lambda w: w.update({IN_MEMORY: torch.zeros(16, 16)}), rf"{Q_PROJ} in .* are one tensor of the model"),
+    (lambda w: w[Q_PROJ].fill_(float("nan")), r"the stock model in .*base answers .* NaN or Inf, expected finite"),
+]
+BAD_IDS = ["missing", "unknown", "int8", "fp8", "shape", "twice", "nan"]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_WEIGHTS, ids=BAD_IDS)
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_base_with_bad_weights_is_an_error_with_its_path(base_copy, adapter, capsys, with_adapter, change, message):
+    change_tensors(base_copy / "model.safetensors", change)
+    with pytest.raises(ValueError, match=message):
+        verify(base_copy, *[adapter] * with_adapter, **FEW)
+    assert main(["verify", str(base_copy), "--device", "cpu", "--tokens", "2", "--repeats", "0"]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_WEIGHTS[:5], ids=BAD_IDS[:5])
+def test_roe_folder_with_bad_weights_is_an_error_with_its_path(tmp_path, base, adapter, change, message):
+    graft(base, adapter, tmp_path / "roe")
+    change_tensors(tmp_path / "roe" / "model-base.safetensors", change)
+    index = tmp_path / "roe" / "model.safetensors.index.json"
+    files = {path.name: load_file(path) for path in (tmp_path / "roe").glob("*.safetensors")}
+    change_json(index, weight_map={name: file for file, tensors in files.items() for name in tensors})
+    message = message.replace("base lacks", "roe lacks").replace("base.model", "model-base").replace("73", "83")
+    with pytest.raises(ValueError, match=message.replace("found 72", "found 82")):
+        verify(base, tmp_path / "roe", **FEW)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_cut_weights_are_an_error_with_their_path(base_copy, length):
+    path = base_copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"base.model.safetensors has \d+ bytes"):
+        verify(base_copy, **FEW)
+
+
+def test_git_lfs_pointer_is_an_error_with_its_path(base_copy):
+    (base_copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 12345\n")
+    with pytest.raises(ValueError, match=r"base.model.safetensors .*a Git LFS pointer"):
+        verify(base_copy, **FEW)
+
+
+def test_config_of_other_sizes_is_an_error(base_copy):
+    content = json.loads((base_copy / "config.json").read_text())
+    change_json(base_copy / "config.json", text_config=content["text_config"] | {"intermediate_size": 99})
+    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj.weight in .*base.* \[16, 32\], expected \[16, 99\]"):
+        verify(base_copy, **FEW)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "junk"], "device 'junk' cannot be used here"),
+        (["--device", "meta"], "device 'meta' cannot be used here"),
+        (["--dtype", "junk"], "dtype must be 'auto' or one of float64, float32, float16, bfloat16, got 'junk'"),
+        (["--dtype", "int8"], "dtype must be 'auto' or one of .*, got 'int8'"),
+        (["--tokens", "0"], "tokens to write must be 1 or more, got 0"),
+        (["--repeats", "-1"], "repeats must be 0 .* or more, got -1"),
+        (["--json", "/nowhere/report.json"], "/nowhere/report.json is a folder or in none"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_cannot_be_are_errors(base, capsys, options, message):
+    assert main(["verify", str(base), *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_accelerator_that_is_not_there_is_an_error(base, capsys):
+    assert main(["verify", str(base), "--device", "cuda"]) == 2
+    assert "device 'cuda' cannot be used here" in capsys.readouterr().err
+
+
+def test_answers_with_nan_do_not_agree():
+    expected = an_answer([0, 0], (3.0, 2.0))
+    assert agreement(expected, an_answer([0, 0], (float("nan"), 2.0)), 1e-2) == (False, "logits of token 1 hold NaN")
+
+
+def test_a_token_that_one_answer_alone_suppresses_is_found():
+    never = float("-inf")
+    assert agreement(an_answer([0, 0], (3.0, never)), an_answer([0, 0], (3.0, never)), 1e-2)[0]
+    assert not agreement(an_answer([0, 0], (3.0, 2.0)), an_answer([0, 0], (3.0, never)), 1e-2)[0]
