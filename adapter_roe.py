@@ -503,7 +503,7 @@ def difference(ours: dict[str, str], theirs: dict[str, str]) -> str | None:
     if not reasons:
         return None
     shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-    return f"{len(reasons)} of {len(theirs)} tensors differ ({shown})"
+    return f"{len(reasons)} of {len(ours.keys() | theirs.keys())} tensors differ ({shown})"
 
 
 def split_signature(signature: str) -> tuple[str, str]:

@@ -157,6 +157,8 @@ def fetch_adapter(source, revision: str | None, hub_options: dict | None = None)
     Raises: ValueError if there is none, or it is damaged.
     """
     folder = expanded(source)
+    if folder.name in (ABOUT_NAME, WEIGHTS_NAME) and folder.is_file():
+        folder = folder.parent  # an adapter is both files
     if folder.is_dir() and revision is not None:
         raise ValueError(f"revision {revision!r} given with the folder {folder}: only a Hub id has revisions")
     if not folder.is_dir():

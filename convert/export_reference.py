@@ -77,7 +77,7 @@ def export_reference(
         source: RoE checkpoint with Llama as its language model; folder or Hub id.
         out: folder to write.
         vision_tower: "inside" the weight files, or "beside" in a folder of its own; by default as it was imported,
-            inside if it was not.
+            beside if it was not: the published code opens the folder that its config names.
         revision: of a source on the Hub.
         overwrite: replace `out`, once the new folder is whole.
         dry_run: read and check everything, write nothing.
@@ -119,7 +119,7 @@ def plan_export(source: Source, vision_tower: str | None) -> Plan:
         check_version(origin, path)
     checkpoint = open_checkpoint(source.folder)
     check_weights(checkpoint, config)
-    tower = vision_tower or (origin or {}).get("vision_tower", "inside")
+    tower = vision_tower or (origin or {}).get("vision_tower", "beside")
     files, names, dropped = rename_to_published(checkpoint)
     cut = cut_vocabulary(files, config, origin)
     pads = bool(image_settings(source.folder).get("do_pad"))
@@ -333,7 +333,11 @@ def generation_settings(source: Source, config: dict, flat: dict) -> dict:
     placeholder = config.get("image_token_index")
     suppressed = [token for token in content.get("suppress_tokens") or [] if token < size and token != placeholder]
     content |= {name: flat.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    content |= {"suppress_tokens": suppressed or None}
+    origin = config.get("original_layout") or {}
+    content |= {
+        "suppress_tokens": suppressed or None,
+        "max_length": origin.get("max_length", content.get("max_length")),
+    }
     return {name: value for name, value in content.items() if value is not None and name != "transformers_version"}
 
 

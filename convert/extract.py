@@ -14,6 +14,7 @@ from .arguments import add_common_arguments, common_options
 from .completeness import check_base_complete
 from .copying import copy_weights_file
 from .fingerprint import TensorHasher, base_kinds, base_signatures, base_tensors
+from .folder_files import read_base_config
 from .graft import total_bytes
 from .output import check_apart, check_target, new_folder, write_json
 from .routing_parts import RoutingParts, byte_progress, open_routing_parts
@@ -169,6 +170,7 @@ def signatures_of_base(plan: Plan, base: Source) -> dict[str, str]:
 
     Raises: ValueError if those differ.
     """
+    read_base_config(base.folder)  # a RoE checkpoint would be compared with itself
     checkpoint = open_checkpoint(base.folder)
     if reason := difference(base_kinds(plan.checkpoint), base_kinds(checkpoint)):
         raise ValueError(differs_message(plan.where.folder, base.folder, reason))
@@ -282,7 +284,10 @@ def add_arguments(parser) -> None:
     """Arguments of the command."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="RoE checkpoint: a folder or a Hub id")
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--base", help="the base it was trained on, where the checkpoint does not name it")
+    parser.add_argument(
+        "--base",
+        help="the base it was trained on; shows what differs, needed if none is named",
+    )
     parser.add_argument("--base-revision", help="revision of that base on the Hub")
     parser.add_argument("--full", action="store_true", help="write OUT/base (stock LLaVA) and OUT/adapter")
     add_common_arguments(parser, source="CHECKPOINT")

@@ -23,6 +23,7 @@ COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
+    "original_tokenizer/*",  # kept by an import for the way back
 )
 OWN = ("config.json", "processor_config.json", "roe_adapter.json", "*.index.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
@@ -40,12 +41,13 @@ def read_base_config(folder: Path) -> dict:
     model_type = config.get("model_type")
     if model_type == configuration_roe.RoeLlavaConfig.model_type:
         raise ValueError(
-            f"{path} has model_type {model_type!r}: this base already has routing parts; take its own base"
+            f"{path} has model_type {model_type!r}: this base already has routing parts; take its own base, or "
+            "split it with extract --full"
         )
     if model_type != "llava":
         raise ValueError(
             f"{path} has model_type {model_type!r}, expected 'llava': RoE is grafted onto llava-hf checkpoints "
-            "(original LLaVA layouts have to be converted first)"
+            "(an original LLaVA goes through import-llava first, a published RoE checkpoint through import-reference)"
         )
     if not isinstance(config.get("text_config"), dict):
         raise ValueError(f"{path} has no text_config, expected the language model's configuration: is the file whole?")
@@ -163,7 +165,10 @@ def find_companions(base: Path, config: dict, used: Container[str]) -> Companion
     if processor is None and (base / "processor_config.json").is_file():
         copied.add(base / "processor_config.json")
     dropped = {"processor": reason} if reason else {}
+    kept_folders = {path.parent for path in copied}
     for path in sorted(base.iterdir()):
+        if path.is_dir() and path not in kept_folders and not path.name.startswith((".", "__")):
+            dropped[f"{path.name}/"] = "a folder, which belongs to the base alone"
         if path.is_dir() or path.name.startswith(".") or path.name in used or path in own | copied:
             continue
         is_weights = path.name.endswith(WEIGHT_SUFFIXES)

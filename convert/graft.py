@@ -62,6 +62,7 @@ def graft(
     check_base: bool = True,
     dry_run: bool = False,
     revision: str | None = None,
+    roe_revision: str | None = None,
 ) -> Summary:
     """Put routing parts onto a base.
 
@@ -72,13 +73,13 @@ def graft(
         overwrite: replace `out`, once the new folder is whole.
         check_base: refuse a base other than the one the parts were trained on.
         dry_run: read and check everything, write nothing.
-        revision: of a base on the Hub.
+        revision, roe_revision: of a base and of routing parts on the Hub.
     Returns: what was done.
     Raises: ValueError naming file, tensor, what was found and what was expected.
     """
     out = Path(out)
     check_target(out.absolute(), overwrite)
-    base_source, roe_source = resolve_source(base, revision), resolve_source(roe)
+    base_source, roe_source = resolve_source(base, revision), resolve_source(roe, roe_revision)
     check_apart(out, base_source.folder, roe_source.folder)
     plan = plan_graft(base_source, roe_source, check_base)
     if dry_run:
@@ -145,7 +146,7 @@ def check_names(checkpoint: Checkpoint) -> None:
 def check_image_token(folder: Path, config: dict, token: str) -> None:
     """Raises: ValueError if the base's tokenizer does not know the image token, or by another id than the model."""
     with blamed_on(folder / "tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found, expected = tokenizer.get_vocab().get(token), RoeLlavaConfig.from_dict(config).image_token_id
     if found != expected:
         raise ValueError(
@@ -244,9 +245,11 @@ def add_arguments(parser) -> None:
     parser.add_argument("roe", metavar="ROE", help="adapter folder, or a RoE checkpoint made on the same base")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     add_common_arguments(parser, source="BASE")
+    parser.add_argument("--roe-revision", help="revision of ROE on the Hub")
     parser.add_argument("--any-base", action="store_true", help="do not check that ROE was trained on BASE")
 
 
 def run(args) -> None:
     """Run the command."""
-    print(graft(args.base, args.roe, args.out, check_base=not args.any_base, **common_options(args)))
+    options = {"check_base": not args.any_base, "roe_revision": args.roe_revision, **common_options(args)}
+    print(graft(args.base, args.roe, args.out, **options))

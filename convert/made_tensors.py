@@ -148,7 +148,7 @@ def stream_files(files: dict[str, StoredTensors], folder: Path | None, progress:
                 progress(len(block))
         else:
             write_file(folder / name, file, progress)
-    if folder is not None and list(files) != ["model.safetensors"]:
+    if folder is not None and files and list(files) != ["model.safetensors"]:
         weight_map = {name: file_name for file_name, file in files.items() for name in file.tensors}
         size = sum(tensor.num_bytes for file in files.values() for tensor in file.tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}

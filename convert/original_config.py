@@ -43,7 +43,7 @@ def read_flat_config(folder: Path) -> dict:
     if "text_config" in flat:
         raise ValueError(
             f"{path} has a text_config (model_type {kind!r}), expected the flat config of the original layout: it is "
-            "in the layout of llava-hf already, use it as it is"
+            f"{'a RoE folder of ours' if kind == 'roe_llava' else 'in the layout of llava-hf'} already, use it as it is"
         )
     if not isinstance(kind, str) or kind not in TEXT_TYPES:
         raise ValueError(f"{path} has model_type {kind!r}, expected one of {sorted(TEXT_TYPES)}")

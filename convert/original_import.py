@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, LlavaProcessor
+from transformers import LlavaProcessor
 
 from ..configuration_roe import RoeLlavaConfig
 from .folder_files import grafted_config, write_code
@@ -21,6 +21,7 @@ from .original_processor import (
     image_processor,
     make_processor,
     open_tokenizer,
+    read_generation_config,
 )
 from .original_vision import INSIDE, Tower, check_tower_sizes, find_tower, tower_names
 from .output import check_apart, check_target, new_folder, write_json
@@ -188,6 +189,7 @@ def provenance(source: Source, flat: dict, tower: Tower, tokens: SpecialTokens, 
         "vision_tower": "inside" if tower.inside else "beside",
         "buffers": buffers,
         "config": flat,
+        "max_length": read_generation_config(source.folder).get("max_length"),
     }
 
 
@@ -211,7 +213,7 @@ def write_companions(plan: Plan, folder: Path, routed: bool) -> None:
     write_json(folder / "generation_config.json", plan.generation)
     if plan.processor is not None:
         plan.processor.save_pretrained(folder)
-        check_tokens(AutoTokenizer.from_pretrained(folder), plan.tokens, folder)
+        check_tokens(open_tokenizer(folder), plan.tokens, folder)  # apart from config.json, which names our code
         (folder / TOKENIZER_FOLDER).mkdir()
         copy_tokenizer_files(plan.source.folder, folder / TOKENIZER_FOLDER)
     copy_licences(plan.source.folder, folder)

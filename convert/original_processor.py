@@ -283,6 +283,7 @@ def generation_settings(source: Path, config: dict, tokens: SpecialTokens) -> di
     for a picture that is not there.
     """
     content = read_generation_config(source)
+    content.pop("max_length", None)  # would draw a warning from every generate(max_new_tokens=...)
     for name in ("bos_token_id", "eos_token_id"):
         if content.get(name) is None and config.get(name) is not None:
             content[name] = config[name]

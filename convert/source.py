@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapter_roe import expanded, read_json
+from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME, expanded, read_json
 
 # What is taken from the Hub beside weights; a base's code is not run here.
-COMPANIONS = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+COMPANIONS = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Source:
     Raises: ValueError if it is neither, or a revision is given for a folder; OSError if the download fails.
     """
     folder = expanded(source)
+    if folder.name in (ABOUT_NAME, WEIGHTS_NAME) and folder.is_file():
+        folder = folder.parent  # an adapter is both files
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision {revision!r} given with the folder {folder}: only a Hub id has revisions")

@@ -6,6 +6,7 @@ base's weights is in memory at a time.
 """
 
 import gc
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -266,9 +267,14 @@ def check_all_kept(report: Report, model, prompts: dict, expected: dict[str, Ans
         "routers at work, every layer kept, equals the stock model up to rounding",
         all(passed for passed, _ in verdicts.values()),
         f"largest logit difference {worst:.2g} of the largest logit, allowed {ROUNDING[model.dtype]:.0g}; "
-        + "; ".join(dict.fromkeys(text for _, text in verdicts.values())),
+        + counted(text for _, text in verdicts.values()),
         show,
     )
+
+
+def counted(texts) -> str:
+    """How many prompts each thing is so for."""
+    return "; ".join(f"{number} of the prompts: {text}" for text, number in Counter(texts).items())
 
 
 def check_routes(report: Report, model, prompts: dict, num_tokens: int, show) -> None:
@@ -309,7 +315,7 @@ def check_batch(report: Report, model, processor, prompts: dict, num_tokens: int
     report.add(
         "a prompt in a batch equals the prompt alone",
         all(passed for passed, _ in verdicts),
-        "; ".join(dict.fromkeys(text for _, text in verdicts)),
+        counted(text for _, text in verdicts),
         show,
     )
 
@@ -330,7 +336,7 @@ def time_both(report: Report, model, stock, prompts: dict, num_tokens: int, repe
 def add_arguments(parser) -> None:
     """Arguments of the command."""
     parser.add_argument("base", metavar="BASE", help="llava-hf checkpoint: a folder or a Hub id")
-    parser.add_argument("roe", metavar="ROE", nargs="?", help="adapter file or RoE checkpoint made for it")
+    parser.add_argument("roe", metavar="ROE", nargs="?", help="adapter folder or RoE checkpoint made for it")
     parser.add_argument("--revision", help="revision of BASE on the Hub")
     parser.add_argument("--roe-revision", help="revision of ROE on the Hub")
     parser.add_argument("--device", default="auto", help="torch device (%(default)s: an accelerator if there is one)")

@@ -324,3 +324,8 @@ def test_full_extraction_of_an_incomplete_checkpoint_is_refused(tmp_path, grafte
         with pytest.raises(ValueError, match=r"lacks model.language_model.layers.1.self_attn.q_proj.weight"):
             extract(grafted, tmp_path / "out", full=True, dry_run=dry_run)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_not_compared_with_itself(tmp_path, grafted):
+    with pytest.raises(ValueError, match="already has routing parts"):
+        extract(grafted, tmp_path / "out", base=grafted)

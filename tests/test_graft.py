@@ -217,3 +217,19 @@ def test_stock_llava_still_reads_the_base_inside(tmp_path, base, adapter):
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", config=config)
     expected = LlavaForConditionalGeneration.from_pretrained(base).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in stock.state_dict().items())
+
+
+def test_an_adapter_may_be_named_by_either_of_its_files(tmp_path, base, adapter):
+    for name in ("roe_adapter.safetensors", "roe_adapter.json"):
+        graft(base, adapter / name, tmp_path / name)
+        RoeLlavaForConditionalGeneration.from_base(base, adapter / name)
+    assert weights_of(tmp_path / "roe_adapter.json").keys() == weights_of(tmp_path / "roe_adapter.safetensors").keys()
+
+
+def test_folders_are_copied_or_named_as_dropped(tmp_path, base_copy, adapter):
+    (base_copy / "original_tokenizer").mkdir()
+    (base_copy / "original_tokenizer" / "tokenizer.model").write_bytes(b"pieces")
+    (base_copy / "onnx").mkdir()
+    summary = graft(base_copy, adapter, tmp_path / "out")
+    assert summary.dropped.keys() == {"onnx/"}
+    assert (tmp_path / "out" / "original_tokenizer" / "tokenizer.model").read_bytes() == b"pieces"

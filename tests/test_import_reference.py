@@ -14,7 +14,6 @@ from original_helpers import FORM_IDS, FORMS, GOLDEN, change_weights, golden_sou
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import roe_llava
 from roe_llava import RoeLlavaForConditionalGeneration, RoeLlavaProcessor
 from roe_llava.cli import main
 from roe_llava.convert.adapter_file import save_adapter
@@ -182,8 +181,11 @@ def golden_with_tokenizer(parent):
     return source
 
 
-def test_processor_and_code_come_along(tmp_path):
+def test_processor_and_code_come_along(tmp_path, capfd):
     import_reference(golden_with_tokenizer(tmp_path), tmp_path / "out")
+    printed = "".join(capfd.readouterr())
+    assert "custom code" not in printed and "of type" not in printed  # nothing of what is written is run
+    assert "max_length" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
     code = (
         "import sys; from PIL import Image\n"
         "from transformers import AutoModelForImageTextToText as M, AutoProcessor as P\n"
@@ -428,7 +430,6 @@ def test_source_and_tower_may_be_hub_ids(tmp_path, place, imported):
             torch.save({"vision_model.post_layernorm.weight": torch.zeros(32)}, tower_weights)
         hub.add("someone/tower", tmp_path / "vision_tower")
         environment = os.environ | hub.environment(tmp_path / "cache")
-        environment["PYTHONPATH"] = str(Path(roe_llava.__file__).resolve().parent.parent)
         command = [sys.executable, "-m", "roe_llava", "import-reference", "someone/roe", "out", "--revision", "v1"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
