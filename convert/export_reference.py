@@ -12,6 +12,7 @@ from transformers import CLIPImageProcessorPil
 
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
+from .folder_files import check_opens
 from .graft import check_apart, total_bytes
 from .keys import BASE_KEYS, EXPORT_KEYS, PUBLISHED_TOKENS, ROE_KEYS, is_unread, renamed
 from .made_tensors import numbered, rows, stream_files
@@ -146,8 +147,8 @@ def check_expressible(config: dict, path: Path) -> None:
     for name, kind in (("text_config", "language model"), ("vision_config", "vision tower")):
         if not isinstance(config.get(name), dict):
             raise ValueError(f"{path} has no {name}, expected the configuration of the {kind}: is the file whole?")
-    with blamed_on(path):
-        full = RoeLlavaConfig.from_dict(config)
+    check_opens(config, path)
+    full = RoeLlavaConfig.from_dict(config)
     text = full.text_config
     if text.model_type != "llama":
         raise ValueError(

@@ -7,11 +7,12 @@ base's weights is in memory at a time.
 
 import gc
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from ..benchmarks.environment import describe_machine
 from ..benchmarks.timing import compare_times
@@ -21,6 +22,7 @@ from .adapter_file import ABOUT_NAME
 from .fingerprint import base_signatures, base_tensors, fingerprint
 from .folder_files import read_base_config
 from .original_layout import check_complete
+from .original_processor import read_generation_config
 from .output import write_json
 from .routing_parts import byte_progress, open_routing_parts
 from .source import Source, read_json, resolve_source
@@ -109,11 +111,12 @@ def verify(
     base_source = resolve_source(base, revision)
     config = read_base_config(base_source.folder)
     roe_source = None if roe is None else resolve_source(roe, roe_revision)
+    read_generation_config(base_source.folder)
     check_complete(open_checkpoint(base_source.folder).tensors, config, base_source.folder)
     report = Report(setup={"device": device, "dtype": dtype, **describe_machine()})
     if roe_source is not None:
         check_bytes(report, base_source, roe_source, show)
-    processor = load_processor(base_source)
+    processor = load_processor(base_source, LlavaConfig.from_dict(config).image_token_index)
     stock = load_stock(base_source, dtype, device)
     prompts = prompts_for(processor, stock)
     expected = {name: answer(stock, inputs, num_tokens) for name, inputs in prompts.items()}
@@ -184,17 +187,26 @@ def free(model) -> None:
         torch.accelerator.empty_cache()
 
 
-def load_processor(base: Source):
+def load_processor(base: Source, image_token: int):
     """The base's processor.
 
-    Raises: ValueError if it has none.
+    Args:
+        image_token: id of the image token in the base's config.
+    Raises: ValueError if it has none, or one that writes another image token.
     """
     try:
-        return AutoProcessor.from_pretrained(base.folder)
+        processor = AutoProcessor.from_pretrained(base.folder)
+        found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     except Exception as error:  # whatever the libraries below make of a damaged file
         raise ValueError(
             f"{base.folder} has no processor that opens ({type(error).__name__}: {error}): there is nothing to ask with"
         ) from error
+    if found != image_token:
+        raise ValueError(
+            f"the tokenizer in {base.folder} gives {processor.image_token!r} id {found}, config.json has "
+            f"image_token_index {image_token}: do they belong together?"
+        )
+    return processor
 
 
 def load_stock(base: Source, dtype: str, device: str):
@@ -252,7 +264,7 @@ def check_all_kept(report: Report, model, prompts: dict, expected: dict[str, Ans
     """Whether the model is the stock model as long as no layer is skipped."""
     layers = model.config.text_config.num_hidden_layers
     pinned = {name: answer(model, inputs, num_tokens, routes=[[True] * layers]) for name, inputs in prompts.items()}
-    worst = max(expected[name].logit_difference(pinned[name]) for name in prompts)
+    worst = largest(expected[name].logit_difference(pinned[name]) for name in prompts)
     same = sum(expected[name].tokens == pinned[name].tokens for name in prompts)
     report.add(
         "every layer kept by routes= equals the stock model",
@@ -262,7 +274,7 @@ def check_all_kept(report: Report, model, prompts: dict, expected: dict[str, Ans
     )
     biased = {name: answer(model, inputs, num_tokens, route_bias=float("inf")) for name, inputs in prompts.items()}
     verdicts = {name: agreement(expected[name], biased[name], ROUNDING[model.dtype]) for name in prompts}
-    worst = max(expected[name].relative_difference(biased[name]) for name in prompts)
+    worst = largest(expected[name].relative_difference(biased[name]) for name in prompts)
     report.add(
         "routers at work, every layer kept, equals the stock model up to rounding",
         all(passed for passed, _ in verdicts.values()),
@@ -275,6 +287,11 @@ def check_all_kept(report: Report, model, prompts: dict, expected: dict[str, Ans
 def counted(texts) -> str:
     """How many prompts each thing is so for."""
     return "; ".join(f"{number} of the prompts: {text}" for text, number in Counter(texts).items())
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest of some numbers; NaN if one of them is, which `max` may pass over."""
+    return torch.tensor(list(values)).max().item()
 
 
 def check_routes(report: Report, model, prompts: dict, num_tokens: int, show) -> None:

@@ -255,6 +255,7 @@ def test_layers_without_a_router_are_refused(tmp_path):
             {"original_layout": {"format_version": 1}},
             r"original_layout in .*config.json lacks vocab_size, padded_vocab",
         ),
+        ({"image_token_index": 9999}, r"config.json does not hold .*image_token_index is 9999, expected one of 192"),
         ({"adapter_size": 0}, r"config.json does not hold what .*adapter_size must be a positive integer, got 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

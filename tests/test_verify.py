@@ -1,6 +1,7 @@
 """`verify`: passes what is right, and fails, naming it, what is not."""
 
 import json
+import math
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from roe_llava import modeling_roe_llava
 from roe_llava.cli import main
 from roe_llava.convert.adapter_file import save_adapter
 from roe_llava.convert.graft import graft
-from roe_llava.convert.verify import ROUNDING, verify
+from roe_llava.convert.verify import ROUNDING, largest, verify
 from roe_llava.convert.verify_prompts import Answer, agreement
 
 FEW = {"num_tokens": 3, "repeats": 0, "device": "cpu", "show": lambda verdict: None}
@@ -218,3 +219,29 @@ def test_a_token_that_one_answer_alone_suppresses_is_found():
     never = float("-inf")
     assert agreement(an_answer([0, 0], (3.0, never)), an_answer([0, 0], (3.0, never)), 1e-2)[0]
     assert not agreement(an_answer([0, 0], (3.0, 2.0)), an_answer([0, 0], (3.0, never)), 1e-2)[0]
+
+
+def test_a_grafted_folder_with_nan_fails(tmp_path, base, adapter):
+    graft(base, adapter, tmp_path / "roe")
+    change_tensors(tmp_path / "roe" / "model-base.safetensors", lambda tensors: tensors[Q_PROJ].fill_(float("nan")))
+    found = failed(verify(base, tmp_path / "roe", **FEW))
+    assert "largest logit difference nan" in found["every layer kept by routes= equals the stock model"]
+    assert "hold NaN" in found["routers at work, every layer kept, equals the stock model up to rounding"]
+
+
+def test_largest_difference_does_not_pass_over_nan():
+    assert largest([1.0, 3.0, 2.0]) == 3.0
+    assert math.isnan(largest([0.0, float("nan"), 1.0])) and math.isnan(largest([float("nan"), 1.0]))
+
+
+def test_tokenizer_of_another_base_is_an_error_with_its_path(base_copy):
+    path = base_copy / "tokenizer.json"
+    path.write_text(path.read_text().replace("<image>", "<imago>"))
+    with pytest.raises(ValueError, match=r"base.* image_token_index 4|base has no processor that opens"):
+        verify(base_copy, **FEW)
+
+
+def test_broken_generation_settings_are_an_error_with_their_path(base_copy):
+    (base_copy / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"base.generation_config.json is not readable JSON"):
+        verify(base_copy, **FEW)
