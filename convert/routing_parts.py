@@ -73,6 +73,12 @@ def recorded_training(config: dict, path: Path) -> dict | None:
             raise ValueError(
                 f"{path} has roe_provenance.{name} {value!r:.60}, expected an object: was it changed by hand?"
             )
+    base = (provenance or {}).get("base") or {}
+    if wrong := [name for name in ("id", "revision", "fingerprint") if not isinstance(base.get(name), str | None)]:
+        raise ValueError(
+            f"{path} has roe_provenance.base.{wrong[0]} {base[wrong[0]]!r:.60}, expected null or text: was it changed "
+            "by hand?"
+        )
     return (provenance or {}).get("training")
 
 
