@@ -82,9 +82,12 @@ def once_each(entries: dict, names: dict[str, str]) -> dict:
     found, old_names = {}, {}
     for old, new in names.items():
         if new in found:
-            where = f" in {entries[old].file}" if hasattr(entries[old], "file") else ""
+            one, other = (
+                f"{name} in {entries[name].file}" if hasattr(entries[name], "file") else name
+                for name in (old, old_names[new])
+            )
             raise ValueError(
-                f"{old}{where} and {old_names[new]} are two names of one tensor, {new}: was a checkpoint saved over "
+                f"{one} and {other} are two names of one tensor, {new}: was a checkpoint saved over "
                 "one with other names? Remove the one that is not meant"
             )
         found[new], old_names[new] = entries[old], old

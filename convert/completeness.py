@@ -1,42 +1,70 @@
 """Whether weights are those of the model that their config describes: none missing, unknown or of another shape."""
 
-import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from pathlib import Path
 
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from ..configuration_roe import RoeLlavaConfig
+from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
+from .keys import EXPORT_KEYS, renamed
 from .made_tensors import check_dtype
 from .source import blamed_on
 from .state_dict import canonical_base, listed, split_routing_parts
-from .weights import Checkpoint
+from .weights import StoredTensor
 
 
-def check_base_complete(checkpoint: Checkpoint, config: dict) -> None:
-    """Check the base weights of a checkpoint, its own or a RoE one, in llava-hf layout.
+def expected_shapes(config: dict) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Every tensor of a model, by name in memory, with its shape, and which of them another one may stand for.
+
+    Nothing is allocated.
 
     Args:
-        checkpoint: its weight files; routing parts in them are left alone.
-        config: content of the stock model's config.json.
-    Raises: ValueError naming file, tensor, what was found and what was expected.
+        config: content of its config.json.
     """
-    folder = checkpoint.folder
-    with blamed_on(folder / "config.json"), torch.device("meta"):
-        model = LlavaForConditionalGeneration(LlavaConfig.from_dict(config))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = canonical_base(split_routing_parts(checkpoint.tensors)[0])
-    tied = set(model.all_tied_weights_keys)  # one of two names is enough
-    if missing := sorted(expected.keys() - found.keys() - tied):
+    routed = config["model_type"] == RoeLlavaConfig.model_type
+    cls = RoeLlavaForConditionalGeneration if routed else LlavaForConditionalGeneration
+    with torch.device("meta"):
+        model = cls(cls.config_class.from_dict(config))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, set(model.all_tied_weights_keys)
+
+
+def check_complete(tensors: dict[str, StoredTensor], config: dict, folder: Path) -> None:
+    """Check that tensors are those of the model a config describes, no more and no less.
+
+    Buffers that no model reads may be among them.
+
+    Args:
+        tensors: name on disk to tensor, as they are to be written, or as they are.
+        config: content of the config.json to be written.
+        folder: where they come from, for messages.
+    Raises: ValueError naming file, tensor, what was found and what was expected; or two names of one tensor.
+    """
+    with blamed_on(folder / "config.json"):
+        expected, tied = expected_shapes(config)
+    base, parts = split_routing_parts(tensors)
+    found = canonical_base(base) | parts
+    if missing := expected.keys() - found.keys() - tied:
+        is_renamed = any(name != tensor.name for name, tensor in tensors.items())
+        names = sorted(map(original_name, missing) if is_renamed else missing)
         raise ValueError(
-            f"{folder} lacks {listed(missing)}, expected {len(expected)} tensors of the base for its config, found "
-            f"{len(found)}: was a shard lost?"
+            f"{folder} lacks {listed(names)}, expected {len(expected)} tensors for its config, found {len(found)}: was "
+            "a shard lost?"
         )
     for name, tensor in found.items():
         if name not in expected:
             raise ValueError(
-                f"{tensor.name} in {tensor.file} is no tensor of the model that {folder / 'config.json'} describes: do "
-                "config and weights belong together?"
+                f"{tensor.name} in {tensor.file} is no tensor of the model that its config describes: do config and "
+                "weights belong together?"
             )
         if tensor.shape != expected[name]:
             raise ValueError(
                 f"{tensor.name} in {tensor.file} has shape {list(tensor.shape)}, expected {list(expected[name])} for "
-                f"{folder / 'config.json'}: do config and weights belong together?"
+                "its config: do config and weights belong together?"
             )
         check_dtype(tensor)
+
+
+def original_name(name: str) -> str:
+    """The published name of a tensor named as in memory."""
+    return renamed(name, EXPORT_KEYS) or name

@@ -12,13 +12,14 @@ from transformers import CLIPImageProcessorPil
 
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
+from .completeness import check_complete
 from .folder_files import check_opens
 from .graft import check_apart, total_bytes
 from .keys import BASE_KEYS, EXPORT_KEYS, PUBLISHED_TOKENS, ROE_KEYS, is_unread, renamed
 from .made_tensors import numbered, rows, stream_files
 from .original_config import PROVENANCE, check_sizes, check_version, flat_config, text_config
 from .original_import import TOKENIZER_FOLDER
-from .original_layout import check_complete, check_tied, remade_buffers
+from .original_layout import check_tied, remade_buffers
 from .original_processor import copy_licences, copy_tokenizer_files, read_generation_config
 from .original_vision import INSIDE, TOWER_FOLDER
 from .output import check_target, new_folder, write_json

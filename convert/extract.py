@@ -11,7 +11,7 @@ from pathlib import Path
 from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME, base_record, difference, fingerprint, record_name
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
-from .completeness import check_base_complete
+from .completeness import check_complete
 from .copying import copy_weights_file
 from .fingerprint import TensorHasher, base_kinds, base_signatures, base_tensors
 from .folder_files import read_base_config
@@ -204,7 +204,7 @@ def write_adapter(plan: Plan, record: dict, folder: Path) -> None:
 def extract_full(plan: Plan, out: Path, overwrite: bool, dry_run: bool) -> Summary:
     """Write the base weights as a stock folder, and the adapter file that belongs to them."""
     stock = find_stock_files(plan.where.folder, plan.config, used=plan.checkpoint.files)
-    check_base_complete(plan.checkpoint, stock.written["config.json"])
+    check_complete(plan.checkpoint.tensors, plan.config, plan.where.folder)
     if dry_run:
         signatures = read_signatures(plan.checkpoint, "checking")
     else:

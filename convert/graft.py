@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
-from .completeness import check_base_complete
+from .completeness import check_complete
 from .copying import copy_weights_file
 from .fingerprint import TensorHasher, base_kinds, base_signatures, base_tensors, fingerprint
 from .folder_files import Companions, find_companions, grafted_config, read_base_config, write_code, write_companions
@@ -124,7 +124,7 @@ def plan_graft(base: Source, roe: Source, check_base: bool) -> Plan:
         expected,
     )
     check_names(checkpoint)
-    check_base_complete(checkpoint, config)
+    check_complete(checkpoint.tensors, config, base.folder)
     plan.check_base(base_kinds(checkpoint))
     if plan.companions.processor is not None:
         check_image_token(base.folder, config, plan.companions.processor["image_token"])

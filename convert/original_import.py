@@ -6,11 +6,12 @@ from pathlib import Path
 from transformers import LlavaProcessor
 
 from ..configuration_roe import RoeLlavaConfig
+from .completeness import check_complete
 from .folder_files import grafted_config, write_code
 from .graft import ROE_FILE, total_bytes
 from .made_tensors import numbered, padded_rows, stream_files
 from .original_config import DTYPES, FORMAT_VERSION, check_sizes, llava_config, read_flat_config, text_config
-from .original_layout import Layout, adapter_size, check_complete, check_tied, describe_buffers, rename_original
+from .original_layout import Layout, adapter_size, check_tied, describe_buffers, rename_original
 from .original_processor import (
     SpecialTokens,
     add_special_tokens,

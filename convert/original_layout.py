@@ -8,25 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import LlavaForConditionalGeneration
 
-from ..configuration_roe import RoeLlavaConfig
-from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from .keys import (
-    BASE_KEYS,
-    EXPORT_KEYS,
     ORIGINAL_KEYS,
     POSITION_BUFFERS,
     PUBLISHED_ROE_KEYS,
     PUBLISHED_TOKENS,
-    ROE_KEYS,
     ROTARY_BUFFERS,
     ROUTING_TOKENS,
-    is_unread,
     renamed,
 )
 from .made_tensors import check_dtype, in_memory, joined
-from .source import blamed_on
 from .state_dict import listed
 from .weights import DTYPES, Checkpoint, StoredTensor
 
@@ -151,59 +143,6 @@ def adapter_size(layout: Layout) -> int:
     return tensor.shape[0]
 
 
-# ---------------------------------------- completeness
-
-
-def expected_shapes(config: dict) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Every tensor of a model, by name in memory, with its shape, and which of them another one may stand for.
-
-    Nothing is allocated.
-
-    Args:
-        config: content of its config.json.
-    """
-    routed = config["model_type"] == RoeLlavaConfig.model_type
-    cls = RoeLlavaForConditionalGeneration if routed else LlavaForConditionalGeneration
-    with torch.device("meta"):
-        model = cls(cls.config_class.from_dict(config))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, set(model.all_tied_weights_keys)
-
-
-def check_complete(tensors: dict[str, StoredTensor], config: dict, folder: Path) -> None:
-    """Check that tensors are those of the model a config describes, no more and no less.
-
-    Buffers that no model reads may be among them.
-
-    Args:
-        tensors: name on disk to tensor, as they are to be written, or as they are.
-        config: content of the config.json to be written.
-        folder: where they come from, for messages.
-    Raises: ValueError naming file, tensor, what was found and what was expected.
-    """
-    with blamed_on(folder / "config.json"):
-        expected, tied = expected_shapes(config)
-    found = named_as_in_memory(tensors)
-    if missing := expected.keys() - found.keys() - tied:
-        is_renamed = any(name != tensor.name for name, tensor in tensors.items())
-        names = sorted(map(original_name, missing) if is_renamed else missing)
-        raise ValueError(
-            f"{folder} lacks {listed(names)}, expected {len(expected)} tensors for its config, found {len(found)}: was "
-            "a shard lost?"
-        )
-    for name, tensor in found.items():
-        if name not in expected:
-            raise ValueError(
-                f"{tensor.name} in {tensor.file} is no tensor of the model that its config describes: do config and "
-                "weights belong together?"
-            )
-        if tensor.shape != expected[name]:
-            raise ValueError(
-                f"{tensor.name} in {tensor.file} has shape {list(tensor.shape)}, expected {list(expected[name])} for "
-                "its config: do config and weights belong together?"
-            )
-        check_dtype(tensor)
-
-
 def check_tied(tensors: dict[str, StoredTensor], is_tied: bool, path: Path) -> None:
     """Check that an output layer which a config ties to the embedding holds the embedding's values.
 
@@ -223,30 +162,6 @@ def check_tied(tensors: dict[str, StoredTensor], is_tied: bool, path: Path) -> N
             f"{path} has tie_word_embeddings true, but {head.name} in {head.file} is not {embedding.name}: do config "
             "and weights belong together?"
         )
-
-
-def named_as_in_memory(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Tensors by their names in memory, without buffers that no model reads; one without such a name keeps its own.
-
-    Raises: ValueError if two have one name in memory.
-    """
-    found = {}
-    for name, tensor in tensors.items():
-        if is_unread(name):
-            continue
-        memory = renamed(name, ROE_KEYS) or renamed(name, BASE_KEYS) or name
-        if memory in found:
-            raise ValueError(
-                f"{found[memory].name} in {found[memory].file} and {tensor.name} in {tensor.file} are one tensor "
-                "of the model, under names of two layouts: were two checkpoints merged?"
-            )
-        found[memory] = tensor
-    return found
-
-
-def original_name(name: str) -> str:
-    """The published name of a tensor named as in memory."""
-    return renamed(name, EXPORT_KEYS) or name
 
 
 # ---------------------------------------- buffers

@@ -19,9 +19,9 @@ from ..benchmarks.timing import compare_times
 from ..grafting_roe import no_warning_of_missing_parts
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from .adapter_file import ABOUT_NAME
+from .completeness import check_complete
 from .fingerprint import base_signatures, base_tensors, fingerprint
 from .folder_files import read_base_config
-from .original_layout import check_complete
 from .original_processor import read_generation_config
 from .output import write_json
 from .routing_parts import byte_progress, open_routing_parts

@@ -389,4 +389,4 @@ def test_tensor_under_names_of_two_layouts_is_refused(imported):
     change_tensors(path, lambda tensors: tensors.update({name: torch.zeros(64)}))
     weight_map = json.loads((imported / "model.safetensors.index.json").read_text())["weight_map"]
     change_json(imported / "model.safetensors.index.json", weight_map=weight_map | {name: path.name})
-    refuses("norm.weight in .* and .*norm.weight in .* are one tensor of the model", imported)
+    refuses("norm.weight in .* and .*norm.weight in .* are two names of one tensor", imported)

@@ -137,7 +137,7 @@ BAD_WEIGHTS = [
     (lambda w: w.update({Q_PROJ: w[Q_PROJ].to(torch.int8)}), rf"{Q_PROJ} in .*base.model.safetensors is I8, expected"),
     (lambda w: w.update({Q_PROJ: w[Q_PROJ].to(torch.float8_e4m3fn)}), rf"{Q_PROJ} in .*is F8_E4M3, expected one of"),
     (lambda w: w.update({Q_PROJ: w[Q_PROJ][:3]}), rf"{Q_PROJ} in .*base.* has shape \[3, 16\], expected \[16, 16\]"),
-    (lambda w: w.update({IN_MEMORY: torch.zeros(16, 16)}), rf"{Q_PROJ} in .* are one tensor of the model"),
+    (lambda w: w.update({IN_MEMORY: torch.zeros(16, 16)}), rf"{Q_PROJ} in .* are two names of one tensor"),
     (lambda w: w[Q_PROJ].fill_(float("nan")), r"the stock model in .*base answers .* NaN or Inf, expected finite"),
 ]
 BAD_IDS = ["missing", "unknown", "int8", "fp8", "shape", "twice", "nan"]
