@@ -329,7 +329,7 @@ def test_routing_tokens_attend_to_what_they_may_see_and_themselves():
     attention = RoutingAttention(None, with_itself(visible))
     ordinary_keys, ordinary_values = attention.update(keys, values, 0)
     assert torch.equal(ordinary_keys, keys[:, :, :tokens]) and torch.equal(ordinary_values, values[:, :, :tokens])
-    out = attention.attend(queries, ordinary_keys, ordinary_values, 0.5)
+    out = attention.attend(queries, 0.5)
     # Token 0 reads tokens 0 and 2 and itself (3); token 1 only itself (4).
     scores = torch.softmax(queries[:, :, 0, None] @ keys[:, :, [0, 2, 3]].transpose(2, 3) * 0.5, -1)
     torch.testing.assert_close(out[:, 0], (scores @ values[:, :, [0, 2, 3]])[:, :, 0])
