@@ -28,7 +28,7 @@ class RoeGenerationMixin:
 
         Args:
             routes: (B, L) or (L,) bool, pins the route; no router runs.
-            route_bias: number, or (L,), added to the keep logits; +inf keeps a layer, -inf skips it.
+            route_bias: number, (L,) or (B, L), added to the keep logits; +inf keeps a layer, -inf skips it.
             skip_ratio: wanted share of skipped layers; 0.0 keeps every layer, anything else needs a calibrated model.
             Others: as in Transformers. `past_key_values` may be a `RoeCache`, or an empty `DynamicCache`, `StaticCache`
                 or `QuantizedCache`, which learns the routes and can be continued; as with `cache_implementation=
@@ -37,12 +37,12 @@ class RoeGenerationMixin:
         """
         if skip_ratio is not None:
             route_bias = bias_for_skip_ratio(skip_ratio, routes, route_bias)
-        if isinstance(route_bias, Tensor):
-            route_bias = route_bias.tolist()  # a tensor would be repeated per beam as if its first size were the batch
         if routes is not None:
             kwargs["routes"] = torch.as_tensor(routes)
         if route_bias is not None:
-            kwargs["route_bias"] = route_bias
+            route_bias = torch.as_tensor(route_bias)
+            # A tensor is repeated per beam, as if its first size were the batch.
+            kwargs["route_bias"] = route_bias if route_bias.dim() == 2 else route_bias.tolist()
         inputs = pad_on_the_left(inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
 

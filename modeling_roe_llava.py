@@ -29,24 +29,22 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Mod
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from .attention_roe import RoutedAttentionConfig, RoutingAttention, attentions_of_all_rows, take_rows
 from .cache_roe import LayerRows, RoeCache, adopt_cache
 from .configuration_roe import RoeLlavaConfig
 from .generation_roe import RoeGenerationMixin, check_one_prompt_per_row
 from .grafting_roe import RoeGraftingMixin
 from .loading_roe import register_names
 from .routing_roe import (
-    RoutedAttentionConfig,
     Routing,
-    RoutingAttention,
     RoutingPhase,
-    attentions_of_all_rows,
+    checked_route_bias,
     checked_routes,
     default_segments,
     pad_segments,
     path_weights,
     roe_loss,
     routing_position_ids,
-    take_rows,
 )
 
 logger = logging.get_logger(__name__)
@@ -125,19 +123,14 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
         """(B, S, D) to (B, S, D), moving `routing.states[layer_idx]` (B, R, D) along."""
         if routing is None:
             raise ValueError("a RoE decoder layer needs `routing`; call RoeLlavaForConditionalGeneration instead")
-        states = routing.states[self.layer_idx]
-        tokens = hidden_states
-        if states is not None:
-            states = states.to(hidden_states)
-            tokens = torch.cat([hidden_states, states], dim=1)
+        has_states = routing.states[self.layer_idx] is not None
+        tokens = routing.join(hidden_states, self.layer_idx) if has_states else hidden_states
+        states = tokens[:, hidden_states.shape[1] :] if has_states else None
         if routing.is_soft:
             tokens = self.mixed(tokens, states, routing, kwargs)
         else:
             tokens = self.routed(tokens, self.decide(states, routing), routing, kwargs)
-        if states is None:
-            return tokens
-        routing.states[self.layer_idx + 1] = tokens[:, hidden_states.shape[1] :]
-        return tokens[:, : hidden_states.shape[1]]
+        return routing.split(tokens, self.layer_idx) if has_states else tokens
 
     def decide(self, states: Tensor | None, routing: Routing) -> LayerRows:
         """Which rows keep the layer: what the route says, or the router's answer where there is none yet."""
@@ -146,7 +139,9 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
             rows = LayerRows([True] * states.shape[0])
         elif rows is None:
             logits = self.router(self.input_layernorm(states))[:, 0]
-            keep = logits[:, 0] + routing.route_bias[self.layer_idx] > logits[:, 1]
+            bias = routing.route_bias[self.layer_idx]
+            bias = bias.to(logits.device) if isinstance(bias, Tensor) else bias
+            keep = logits[:, 0] + bias > logits[:, 1]
             routing.logits[self.layer_idx] = logits
             rows = LayerRows(keep.tolist(), states.device)
         routing.rows[self.layer_idx] = rows
@@ -387,8 +382,8 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
         if cache is not None and cache.routes is not None:
             routing.routes, routing.rows = cache.routes_for(tokens.shape[0])
             return
+        always_run = [i for i, layer in enumerate(self.language_model.layers) if layer.router is None]
         if request["routes"] is not None:
-            always_run = [i for i, layer in enumerate(self.language_model.layers) if layer.router is None]
             routes = checked_routes(request["routes"], tokens.shape[0], routing.num_layers, always_run, tokens.device)
             routing.routes = routes
             routing.rows = [LayerRows(keep, tokens.device) for keep in routes.t().tolist()]
@@ -404,7 +399,8 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
                 raise ValueError("route_bias shifts decisions at inference; in training set model.model.routing_phase")
             routing.train_on(segments, self.routing_phase)
         else:
-            routing.decide_on(segments, request["route_bias"], self.config.routing_question)
+            bias = checked_route_bias(request["route_bias"], tokens.shape[0], routing.num_layers, always_run)
+            routing.decide_on(segments, bias, self.config.routing_question)
 
     def segments_of(self, input_ids, inputs_embeds, attention_mask, labels: Tensor | None = None) -> Tensor:
         """(B, S) routing segments of a prompt that came without: see `default_segments`."""
@@ -475,7 +471,7 @@ class RoeLlavaForConditionalGeneration(
             routing_segments: (B, S) int: 0 context, t >= 1 question of turn t, -1 neither. `RoeLlavaProcessor` makes
                 it; without it the context ends with the last image and the rest is the question.
             routes: (B, L) or (L,) bool: the route itself; no router runs and no routing token exists.
-            route_bias: number, or (L,): added to the keep logits; +inf keeps a layer, -inf skips it.
+            route_bias: number, (L,) or (B, L): added to the keep logits; +inf keeps a layer, -inf skips it.
             Others: as in `LlavaForConditionalGeneration`.
         Raises: ValueError if `routes` or `route_bias` come with a cache that has routes, and for wrong shapes.
         """

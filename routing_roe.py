@@ -1,10 +1,9 @@
-"""What a route is made of: segments, positions, the attention of routing tokens, decisions and their training.
+"""What a route is made of: segments, positions, decisions and their training.
 
-Pure tensor functions first, then `RoutingPhase` (how training decides), `Routing` (one forward pass's routing, the
-object that travels to the decoder layers as a keyword) and `RoutingAttention` (routing tokens attend apart from the
-others).
+Pure tensor functions first, then `RoutingPhase` (how training decides) and `Routing` (one forward pass's routing, the
+object that travels to the decoder layers as a keyword).
 
-B batch, L decoder layers, R routing tokens (1 image + turns), T turns, S sequence, D hidden, H heads, P head size.
+B batch, L decoder layers, R routing tokens (1 image + turns), T turns, S sequence, D hidden, P head size.
 """
 
 import math
@@ -13,9 +12,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .cache_roe import LayerRows
 
@@ -144,18 +140,29 @@ def checked_routes(routes, batch_size: int, num_layers: int, always_run: Sequenc
     return routes
 
 
-def checked_route_bias(route_bias, num_layers: int) -> list[float]:
-    """`route_bias=` as one float per layer, added to the keep logit; +inf keeps the layer, -inf skips it.
+def checked_route_bias(
+    route_bias, batch_size: int, num_layers: int, always_run: Sequence[int] = ()
+) -> list[float] | list[Tensor]:
+    """`route_bias=` layer by layer, added to the keep logits; +inf keeps a layer, -inf skips it.
 
-    Raises: ValueError for another number of values or NaN.
+    Returns: L floats, or L tensors (B,) float32 where rows have biases of their own.
+    Raises: ValueError for another shape, NaN, or -inf for one of the layers that `always_run` (for all layers at once
+        it means every layer that can be skipped).
     """
-    values = torch.as_tensor(0.0 if route_bias is None else route_bias, dtype=torch.float64).tolist()
-    values = [values] * num_layers if isinstance(values, float) else values
-    if len(values) != num_layers or not all(isinstance(value, float) for value in values):
-        raise ValueError(f"route_bias must be one number or one per decoder layer ({num_layers}), got {route_bias!r}")
-    if any(math.isnan(value) for value in values):
+    bias = torch.as_tensor(0.0 if route_bias is None else route_bias, dtype=torch.float32)
+    if bias.shape not in ((), (num_layers,), (1, num_layers), (batch_size, num_layers)):
+        raise ValueError(
+            f"route_bias must be one number, one per decoder layer ({num_layers}), or one per example and layer "
+            f"({batch_size}, {num_layers}), got shape {tuple(bias.shape)}"
+        )
+    if bias.isnan().any():
         raise ValueError("route_bias holds NaN")
-    return values
+    lost = [layer for layer in always_run if bias.dim() and bool((bias[..., layer] == -math.inf).any())]
+    if lost:
+        raise ValueError(f"route_bias skips layers {lost}, which have no router (config.routed_layers leaves them out)")
+    if bias.dim() == 2 and batch_size > 1:
+        return list(bias.expand(batch_size, -1).unbind(1))
+    return bias.flatten().expand(num_layers).tolist()
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -303,8 +310,9 @@ class Routing:
         states: (B, R, D) routing tokens entering layer i at index i, the last layer's output at index L; `None` where
             no routing token runs (decoding, pinned routes).
         visible: (B, R, S + R) bool, the tokens a routing token reads, itself included.
+        joined: ordinary and routing tokens (B, S + R, D) as the last layer left them, and its view of the former.
         position_embeddings: rotary (cos, sin) of ordinary and routing tokens, each (B, S + R, P).
-        route_bias: one float per layer.
+        route_bias: per layer, a float or a tensor (B,).
         logits: per layer, raw router logits: (B, 2) at inference, (B, T, 2) in training.
         phase, turns, turn_mask, weights: training only. `turns` (B, S) turn of every ordinary token, `turn_mask`
             (B, T) which turns exist, `weights` per layer (B, 1 + T, 2).
@@ -313,9 +321,10 @@ class Routing:
     num_layers: int
     rows: list[LayerRows | None] = field(default_factory=list)
     states: list[Tensor | None] = field(default_factory=list)
+    joined: tuple[Tensor, Tensor] | None = None
     visible: Tensor | None = None
     position_embeddings: tuple[Tensor, Tensor] | None = None
-    route_bias: list[float] = field(default_factory=list)
+    route_bias: list[float] | list[Tensor] = field(default_factory=list)
     routes: Tensor | None = None
     logits: list[Tensor | None] = field(default_factory=list)
     phase: RoutingPhase | None = None
@@ -330,9 +339,9 @@ class Routing:
         self.weights = [None] * self.num_layers
         self.route_bias = self.route_bias or [0.0] * self.num_layers
 
-    def decide_on(self, segments: Tensor, route_bias, question: str) -> None:
+    def decide_on(self, segments: Tensor, route_bias: list, question: str) -> None:
         """Inference: one pair of routing tokens reads these segments (B, S); routers decide, shifted by the bias."""
-        self.route_bias = checked_route_bias(route_bias, self.num_layers)
+        self.route_bias = route_bias
         self.visible = with_itself(inference_visibility(segments, question))
 
     def train_on(self, segments: Tensor, phase: RoutingPhase) -> None:
@@ -341,6 +350,21 @@ class Routing:
         self.visible, self.turns = with_itself(training_visibility(segments)), turns_of_tokens(segments)
         num_turns = segments.amax(dim=1, keepdim=True).clamp(min=1)
         self.turn_mask = torch.arange(1, self.visible.shape[1], device=segments.device) <= num_turns
+
+    def join(self, hidden_states: Tensor, layer: int) -> Tensor:
+        """(B, S + R, D): the ordinary tokens that enter a layer, its routing tokens behind them."""
+        if self.joined is not None and self.joined[1] is hidden_states:
+            return self.joined[0]  # nothing came between the layers: no copy
+        return torch.cat([hidden_states, self.states[layer].to(hidden_states)], dim=1)
+
+    def split(self, tokens: Tensor, layer: int) -> Tensor:
+        """(B, S, D): a layer's ordinary tokens; its routing tokens go to the next layer."""
+        length = tokens.shape[1] - self.visible.shape[1]
+        self.states[layer + 1] = tokens[:, length:]
+        hidden_states = tokens[:, :length]
+        if not self.is_soft:  # in training a checkpointed layer runs again later, when this is another layer's
+            self.joined = tokens, hidden_states
+        return hidden_states
 
     @property
     def is_soft(self) -> bool:
@@ -394,110 +418,4 @@ class Routing:
         return (weights.mean(dim=-1) * mask).sum(dim=1) / mask.sum(dim=1)
 
 
-# ------------------------------------------------------------------------------------------ attention of routing tokens
-
-
-def take_rows(value, rows: Tensor | None, batch_size: int):
-    """Rows (`None`: all) of whatever a decoder layer is given: tensors of the batch's size, tuples of them, `None`."""
-    if rows is None:
-        return value
-    if isinstance(value, tuple):
-        return tuple(take_rows(item, rows, batch_size) for item in value)
-    if value is None or (isinstance(value, Tensor) and value.shape[0] == 1 < batch_size):
-        return value  # shared by all rows
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"cannot take the rows of a mixed route out of a {type(value).__name__}; "
-            "use attn_implementation='sdpa' or 'eager'"
-        )
-    return value.index_select(0, rows.to(value.device))
-
-
-def attentions_of_all_rows(attentions: tuple[Tensor, ...], rows: list[LayerRows]) -> tuple[Tensor | None, ...]:
-    """L entries: `None` where no row ran the layer, zeros in rows that skipped it."""
-    computed, complete = iter(attentions), []
-    for layer_rows in rows:
-        weights = None if layer_rows is not None and layer_rows.none_kept else next(computed)
-        if layer_rows is not None and layer_rows.kept is not None:
-            kept = layer_rows.kept.to(weights.device)
-            if weights.shape[0] == len(layer_rows.keep):  # a cache that holds all rows had all of them computed
-                weights = weights[kept]
-            full = weights.new_zeros(len(layer_rows.keep), *weights.shape[1:])
-            weights = full.index_copy(0, kept, weights)
-        complete.append(weights)
-    return tuple(complete)
-
-
-class RoutingAttention:
-    """One layer's attention for the R routing tokens that ride at the end of the sequence.
-
-    Stands where the attention module expects a cache: it keeps the routing tokens' keys and values to itself and hands
-    the ordinary ones on, to the real cache if there is one. So ordinary tokens run the base model's kernel on the base
-    model's mask and routing tokens leave nothing behind.
-
-    Args:
-        cache: the real cache, or `None`.
-        visible: (B, R, S + R) bool, tokens a routing token reads: ordinary ones and itself.
-    """
-
-    def __init__(self, cache, visible: Tensor):
-        self.cache, self.visible, self.num_tokens = cache, visible, visible.shape[1]
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Take (B, H, S + R, P) keys and values, keep them, return the ordinary ones as the cache does."""
-        self.keys, self.values = keys, values
-        keys, values = keys[:, :, : -self.num_tokens], values[:, :, : -self.num_tokens]
-        return (keys, values) if self.cache is None else self.cache.update(keys, values, layer_idx)
-
-    def attend(self, queries: Tensor, scaling: float) -> Tensor:
-        """(B, R, H, P) attention of the routing queries (B, H, R, P) over what they may read and themselves.
-
-        Over the keys as they were given: a static cache answers with its whole length, empty places included.
-        """
-        mask = self.visible.to(queries.device)[:, None]
-        is_grouped = queries.shape[1] != self.keys.shape[1]
-        attended = nn.functional.scaled_dot_product_attention(
-            queries, self.keys, self.values, attn_mask=mask, scale=scaling, enable_gqa=is_grouped
-        )
-        return attended.transpose(1, 2)
-
-
-def attend_apart(module, query, key, value, attention_mask, routing_attention=None, **kwargs):
-    """Attention function: the base model's own for ordinary queries, `RoutingAttention` for the last R, if any."""
-    name = module.config.base_attn_implementation
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-    if routing_attention is None:
-        return attend(module, query, key, value, attention_mask, **kwargs)
-    split = query.shape[2] - routing_attention.num_tokens
-    ordinary, weights = attend(module, query[:, :, :split], key, value, attention_mask, **kwargs)
-    routed = routing_attention.attend(query[:, :, split:], kwargs["scaling"])
-    return torch.cat([ordinary, routed.to(ordinary.dtype)], dim=1), weights
-
-
-AttentionInterface.register("roe_apart", attend_apart)
-
-
-class RoutedAttentionConfig:
-    """What an attention module sees of the language model's config: all of it, but `attend_apart` as its function.
-
-    Reads through to the config, so that `set_attn_implementation` keeps working.
-    """
-
-    _attn_implementation = "roe_apart"
-
-    def __init__(self, config):
-        self.base_config = config
-
-    @property
-    def base_attn_implementation(self) -> str:
-        return self.base_config._attn_implementation
-
-    def __getattr__(self, name):
-        if name == "base_config":  # not set yet: a copy or a pickle is being made
-            raise AttributeError(name)
-        return getattr(self.base_config, name)
-
-
-__all__ = ["Routing", "RoutingAttention", "RoutingPhase", "SeededDraws", "roe_loss"]
+__all__ = ["Routing", "RoutingPhase", "SeededDraws", "roe_loss"]

@@ -222,6 +222,16 @@ def test_a_route_bias_per_layer_forces_the_routes(model, use_cache, way):
     assert torch.equal(ours, written(model, inputs, **WAYS[way], routes=[True, False, True, False]))
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("way", ["greedy", "beams", "returned beams"])
+def test_a_route_bias_per_row_forces_other_routes_than_the_routers(model, use_cache, way):
+    inputs, routes = tiny.batch(), PATTERN.flip(0)
+    bias = torch.where(routes, math.inf, -math.inf)
+    ours = written(model, inputs, **WAYS[way], route_bias=bias, use_cache=use_cache)
+    assert torch.equal(ours, written(model, inputs, **WAYS[way], routes=routes))
+    assert not torch.equal(ours, written(model, inputs, **WAYS[way]))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_routes_follow_beams_and_returned_sequences(model, way):
     torch.manual_seed(7)

@@ -10,10 +10,9 @@ import torch
 from tiny import NUM_LAYERS
 
 from roe_llava import RoeLlavaConfig, RoutingPhase
+from roe_llava.attention_roe import RoutedAttentionConfig, RoutingAttention, take_rows
 from roe_llava.cache_roe import LayerRows
 from roe_llava.routing_roe import (
-    RoutedAttentionConfig,
-    RoutingAttention,
     SeededDraws,
     checked_route_bias,
     checked_routes,
@@ -22,7 +21,6 @@ from roe_llava.routing_roe import (
     pad_segments,
     path_weights,
     routing_position_ids,
-    take_rows,
     training_visibility,
     turns_of_tokens,
     with_itself,
@@ -184,21 +182,32 @@ def test_a_route_cannot_skip_a_layer_without_an_adapter():
         checked_routes([True, False, False], 1, 3, [0, 1], "cpu")
 
 
-def test_a_route_bias_is_one_number_per_layer():
-    assert checked_route_bias(None, 2) == [0.0, 0.0]
-    assert checked_route_bias(1, 2) == [1.0, 1.0]
-    assert checked_route_bias(torch.tensor([0.5, -math.inf]), 2) == [0.5, -math.inf]
+def test_a_route_bias_is_a_number_per_layer_or_per_row_and_layer():
+    assert checked_route_bias(None, 3, 2) == [0.0, 0.0]
+    assert checked_route_bias(1, 3, 2) == [1.0, 1.0]
+    assert checked_route_bias(torch.tensor([0.5, -math.inf]), 3, 2) == [0.5, -math.inf]
+    assert checked_route_bias([[0.5, 2.0]], 1, 2) == [0.5, 2.0]
+    by_row = checked_route_bias([[1.0, 2.0], [3.0, 4.0], [5.0, math.inf]], 3, 2)
+    assert [layer.tolist() for layer in by_row] == [[1.0, 3.0, 5.0], [2.0, 4.0, math.inf]]
+    assert [layer.tolist() for layer in checked_route_bias([[1.0, 2.0]], 3, 2)] == [[1.0] * 3, [2.0] * 3]
 
 
-@pytest.mark.parametrize("bias", [[1.0, 2.0, 3.0], [[1.0, 2.0]], []])
-def test_a_route_bias_of_another_length_is_refused(bias):
-    with pytest.raises(ValueError, match=r"route_bias must be one number or one per decoder layer \(2\), got \["):
-        checked_route_bias(bias, 2)
+@pytest.mark.parametrize("bias", [[1.0, 2.0, 3.0], [[1.0, 2.0]] * 2, [[1.0], [2.0], [3.0]], []])
+def test_a_route_bias_of_another_shape_is_refused(bias):
+    with pytest.raises(ValueError, match=r"one per decoder layer \(2\), or one per example and layer \(3, 2\), got"):
+        checked_route_bias(bias, 3, 2)
 
 
 def test_a_route_bias_of_nan_is_refused():
     with pytest.raises(ValueError, match="route_bias holds NaN"):
-        checked_route_bias([0.0, math.nan], 2)
+        checked_route_bias([0.0, math.nan], 3, 2)
+
+
+@pytest.mark.parametrize("bias", [[0.0, -math.inf], [[0.0, 0.0], [0.0, -math.inf]]])
+def test_a_route_bias_cannot_skip_a_layer_without_a_router(bias):
+    with pytest.raises(ValueError, match=r"route_bias skips layers \[1\].*config\.routed_layers"):
+        checked_route_bias(bias, 2, 2, [1])
+    assert checked_route_bias(-math.inf, 2, 2, [1]) == [-math.inf] * 2  # every layer that can be skipped
 
 
 def test_the_model_checks_routes_and_bias(model):
