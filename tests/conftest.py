@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from convert_helpers import make_base, train
+from PIL import Image
 from transformers import CLIPImageProcessor
 
 from roe_llava import RoeLlavaProcessor
@@ -73,6 +74,20 @@ def processor(request):
 def word_processor():
     """A processor whose token ids the tiny models know."""
     return make_processor("words")
+
+
+# ---------------------------------------- images on disk
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of images: three good ones, one cut short, one that is none."""
+    for seed in range(3):
+        Image.fromarray(tiny.picture(seed)).save(tmp_path / f"{seed}.png")
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "short.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    return tmp_path
 
 
 # ---------------------------------------- checkpoints on disk
