@@ -161,7 +161,7 @@ def test_rows_drawn_from_one_generator_are_still_of_their_prompts(model):
     ours = model.group_by_route(prompts(), 4, **arguments)
     for tokens, name in zip(ours, MANY, strict=True):
         assert tokens.shape == (3, len(tiny.PROMPTS[name]) + NEW)
-        assert tokens[:, : -NEW].tolist() == [tiny.PROMPTS[name]] * 3  # fmt: skip
+        assert tokens[:, :-NEW].tolist() == [tiny.PROMPTS[name]] * 3
 
 
 def test_sampling_in_batches_of_one_gives_what_generate_gives(model):
@@ -278,12 +278,10 @@ def test_every_token_is_computed_once(model):
 
 
 def test_rows_of_one_route_share_a_batch_that_skips_what_they_skip(model):
-    """Two routes, row by row by turns; in batches in the caller's order every layer would run at every step."""
-    names = ["question", "other_question", "two_images", "two_images"] * 2  # 1101 and 1110
-    given = [{**tiny.alone(name)} for name in names]
-    routes = {"question": PATTERN[0], "two_images": PATTERN[2], "other_question": PATTERN[4]}
-    given = [given[place] for place in (0, 2, 1, 3, 4, 6, 5, 7)]
-    names = [names[place] for place in (0, 2, 1, 3, 4, 6, 5, 7)]
+    """Routes 1101 and 1110 by turns; in batches in the caller's order every layer would run at every step."""
+    names = ["question", "two_images", "other_question", "two_images"] * 2
+    in_order = PATTERN[[NAMES.index(name) for name in names]]
+    assert in_order.view(2, 4, NUM_LAYERS).any(1).all()
     steps = []
     for layer in layers_of(model):
         counted = []
@@ -291,9 +289,7 @@ def test_rows_of_one_route_share_a_batch_that_skips_what_they_skip(model):
             lambda _, args, counted=counted: counted.append(args[0].shape[0]) if args[0].shape[1] == 1 else None
         )
         steps.append(counted)
-    model.group_by_route(given, batch_size=4, **GREEDY)
-    in_order = torch.stack([routes[name] for name in names])
-    assert in_order.view(2, 4, NUM_LAYERS).any(1).all()
+    model.group_by_route(prompts(names), batch_size=4, **GREEDY)
     # Two batches of 4, NEW - 1 steps each; a layer one route skips runs in the other's batch alone.
     assert steps == [[4] * count for count in (10, 10, 5, 5)]
 
@@ -348,9 +344,8 @@ def test_joined_caches_equal_the_cache_of_a_padded_batch(family_model):
     for index, (own, base) in enumerate(zip(joined.layers, whole.layers, strict=True)):
         assert own.keys.shape == base.keys.shape and own.get_mask_sizes(1) == base.get_mask_sizes(1)
         real = inputs["attention_mask"][whole.routes[:, index], -own.keys.shape[2] :].bool()[:, None, :, None]
-        for kind in ("values",):  # keys of the padded batch are turned by its own positions
-            ours, theirs = getattr(own, kind), getattr(base, kind)
-            torch.testing.assert_close(ours * real, theirs * real, rtol=0, atol=1e-5)
+        # Values alone: keys are turned by their positions, which `forward` counts from the padding on.
+        torch.testing.assert_close(own.values * real, base.values * real, rtol=0, atol=1e-5)
 
 
 def test_joining_leaves_the_caches_as_they_were(model):
