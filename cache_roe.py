@@ -10,7 +10,7 @@ B batch, L decoder layers.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 from transformers.utils import logging
 
@@ -208,6 +208,30 @@ class RoeCache(RouteKeeper, DynamicCache):
         super().__init__(config=config, offloading=offloading)
         self.forget_routes()
 
+    @classmethod
+    def join(cls, caches: Sequence["RoeCache"], config: PreTrainedConfig) -> "RoeCache":
+        """A new cache with the rows of several, in order; those of shorter ones are padded on the left.
+
+        Places of padding hold zeros, so what goes on from there needs an `attention_mask` with 0 at them. All rows end
+        at the same place, and with them the sliding windows.
+
+        Args:
+            caches: one or more, filled.
+            config: as for the class.
+        Raises: ValueError if there is none, or one holds no routes or another number of layers.
+        """
+        joined = cls(config)
+        check_joinable(caches, len(joined.layers))
+        joined.tokens_seen = max(cache.tokens_seen for cache in caches)
+        for index, layer in enumerate(joined.layers):
+            parts = [cache.layers[index] for cache in caches if cache.layers[index].is_initialized]
+            if parts:  # else no row runs it
+                fill_layer(layer, parts, joined.tokens_seen)
+        routes = torch.cat([cache.routes for cache in caches])
+        kept = zip(*([rows.keep for rows in cache.rows] for cache in caches), strict=True)
+        joined.set_routes(routes, [LayerRows([k for part in layer for k in part], routes.device) for layer in kept])
+        return joined
+
     def _take_rows(self, source: list[int]) -> None:
         """New row i becomes old row `source[i]`, in the routes and in every layer that the old row ran."""
         if self.routes is None:
@@ -220,6 +244,33 @@ class RoeCache(RouteKeeper, DynamicCache):
             index = [place[row] for row in source if row in place]
             layer.batch_select_indices(torch.tensor(index, dtype=torch.long, device=layer.keys.device))
         self.set_routes(self.routes[torch.tensor(source, device=self.routes.device)])
+
+
+def check_joinable(caches: Sequence[RoeCache], num_layers: int) -> None:
+    """Raises: ValueError if there is no cache, or one holds no routes or another number of layers."""
+    if not caches:
+        raise ValueError("there are no caches to join")
+    for number, cache in enumerate(caches):
+        if not isinstance(cache, RoeCache) or cache.routes is None:
+            raise ValueError(f"cache {number} of {len(caches)}, a {type(cache).__name__}, is no RoeCache with routes")
+        if len(cache.layers) != num_layers:
+            raise ValueError(
+                f"cache {number} of {len(caches)} has {len(cache.layers)} layers, expected {num_layers}: is it of "
+                "another model?"
+            )
+
+
+def fill_layer(layer, parts: Sequence, length: int) -> None:
+    """Put the rows (n, H, S, P) of other caches' layers into an empty one, all `length` tokens long."""
+    held = min(length, layer.sliding_window - 1) if layer.is_sliding else length
+    # Padding by a negative number cuts: a layer that records its past holds more than its window.
+    keys, values = (
+        torch.cat([nn.functional.pad(states, (0, 0, held - states.shape[2], 0)) for states in kind])
+        for kind in ([part.keys for part in parts], [part.values for part in parts])
+    )
+    layer.update(keys, values)
+    if layer.is_sliding:
+        layer.cumulative_length = length
 
 
 class RoutedDynamicCache(RouteKeeper, DynamicCache):

@@ -34,6 +34,7 @@ from .cache_roe import LayerRows, RoeCache, adopt_cache
 from .configuration_roe import RoeLlavaConfig
 from .generation_roe import RoeGenerationMixin, check_one_prompt_per_row
 from .grafting_roe import RoeGraftingMixin
+from .grouping_roe import RoeGroupingMixin
 from .loading_roe import register_names
 from .routing_roe import (
     Routing,
@@ -423,7 +424,7 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
 
 
 class RoeLlavaForConditionalGeneration(
-    RoeGenerationMixin, RoeGraftingMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration
+    RoeGroupingMixin, RoeGenerationMixin, RoeGraftingMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration
 ):
     """LLaVA that decides per example which decoder layers to run.
 
