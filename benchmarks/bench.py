@@ -80,15 +80,20 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--skip takes shares in [0, 1), got {share:g}; a quarter of the layers is 0.25")
 
 
-def settings_of(args: argparse.Namespace, shape) -> tuple[dict, int, int]:
-    """Grid, rounds and tokens: what was asked, else the quick ones with --quick, else the shape's."""
+def settings_of(args: argparse.Namespace, shape) -> tuple[dict, dict[int, int], int]:
+    """Grid, rounds by batch size, and tokens: what was asked, else the quick ones with --quick, else the shape's.
+
+    A batch size the grid does not have is measured like its largest.
+    """
     grid = QUICK_GRID if args.quick else shape.grid
     if args.batch:
         fallback = grid[max(grid)]
         grid = {size: grid.get(size, fallback) for size in dict.fromkeys(args.batch)}
     if args.skip:
         grid = dict.fromkeys(grid, tuple(args.skip))
-    rounds = args.rounds or (QUICK_ROUNDS if args.quick else shape.rounds)
+    usual = {} if args.quick else shape.rounds
+    few = QUICK_ROUNDS if args.quick else shape.rounds[max(shape.rounds)]
+    rounds = {size: args.rounds or usual.get(size, few) for size in grid}
     return grid, rounds, args.tokens or (QUICK_TOKENS if args.quick else 16)
 
 

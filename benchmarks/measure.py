@@ -22,7 +22,7 @@ SHARE_REPEATS = 3  # how often the time in decoder layers is taken, per prompt
 def measure(
     subject: Subject,
     grid: dict[int, Sequence[float]],
-    rounds: int,
+    rounds: dict[int, int],
     num_tokens: int,
     seed: int = 0,
     compiled: bool = False,
@@ -32,7 +32,7 @@ def measure(
 
     Args:
         grid: batch size to the skip shares to measure there.
-        rounds: runs of every system; prompts take turns, a round has one.
+        rounds: batch size to the runs of every system there; prompts take turns, a round has one.
         num_tokens: decoding steps behind every prefill.
         seed: of the order in which systems run.
         compiled: compile the parts of all models' layers first.
@@ -46,16 +46,16 @@ def measure(
     if compiled:
         compile_layers(subject.roe, [subject.base, *removed.values()])
     result = {"sizes": sizes_of(subject), "adapter_cost": adapter_cost(subject.roe), "trained": subject.trained}
-    result |= {"rounds": rounds, "tokens": num_tokens, "seed": seed, "compiled": compiled}
+    result |= {"tokens": num_tokens, "seed": seed, "compiled": compiled}
     result["prompts"] = [prompt["input_ids"].shape[1] for prompt in subject.prompts(1)]
     result["batches"] = {}
     draw = random.Random(seed)
     for batch_size, shares in grid.items():
         systems = systems_of(subject, removed, shares, batch_size)
         prompts = subject.prompts(batch_size)
-        turns = progress(range(rounds), f"batch {batch_size}, {len(systems)} systems")
+        turns = progress(range(rounds[batch_size]), f"batch {batch_size}, {len(systems)} systems")
         measured = measure_batch(systems, prompts, turns, num_tokens, result["adapter_cost"], draw, compiled)
-        result["batches"][str(batch_size)] = measured
+        result["batches"][str(batch_size)] = {"rounds": rounds[batch_size], **measured}
     return result
 
 

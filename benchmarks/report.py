@@ -29,6 +29,14 @@ COLUMNS = (
         "peak memory",
     ),
 )
+STYLES = {
+    (FORCED, SHARED): ("tab:blue", "o"),
+    (FORCED, MIXED): ("tab:orange", "D"),
+    (PINNED, SHARED): ("tab:cyan", "s"),
+    (PINNED, MIXED): ("tab:olive", "^"),
+    (REMOVED, SHARED): ("tab:green", "x"),
+    (LEARNED, None): ("tab:red", "*"),
+}
 TARGET_SHAPES = ("cpu-medium", "llava-1.5-7b", "llava-1.5-13b")
 TARGET_COLUMNS = ("figure", "target", "measured", "base against itself", "met")
 
@@ -219,10 +227,11 @@ def setup_text(result: dict) -> str:
     setup = result["setup"]
     where = setup["gpu"] or f"{setup['processor']}, torch threads: {setup['threads']}"
     compiled = ", layer parts compiled" if result["compiled"] else ""
+    rounds = " / ".join(str(batch["rounds"]) for batch in result["batches"].values())
     return (
         f"{setup['dtype']}, {setup['attention']}{compiled}, {where}; torch {setup['torch']}, transformers "
-        f"{setup['transformers']}; prompts of {' / '.join(map(str, result['prompts']))} tokens, {result['rounds']} "
-        f"rounds, {result['tokens']} decoding steps"
+        f"{setup['transformers']}; prompts of {' / '.join(map(str, result['prompts']))} tokens, "
+        f"{rounds} rounds, {result['tokens']} decoding steps"
     )
 
 
@@ -315,25 +324,24 @@ def draw_panel(panel, result: dict, size: str, part: str) -> None:
     shares = [step / 100 for step in range(0, 56)]
     best = [ceiling(share, result["adapter_cost"], batch["decoder_share"][part]) for share in shares]
     panel.plot([100 * share for share in shares], best, color="0.4", linewidth=1, label="ceiling")
-    lines = [(FORCED, SHARED, "o"), (FORCED, MIXED, "D"), (PINNED, SHARED, "s"), (PINNED, MIXED, "^")]
-    for kind, rows, mark in [*lines, (REMOVED, SHARED, "x"), (LEARNED, None, "*")]:
+    for (kind, rows), style in STYLES.items():
         found = [own for own in batch["systems"] if own["kind"] == kind and rows in (None, own["rows"])]
         if kind == FORCED and rows == SHARED:  # which is what `all kept` is at a share of 0
             found += [own for own in batch["systems"] if own["kind"] == ALL_KEPT]
         found.sort(key=lambda own: own["skip_ratio"])
         if found:
-            draw_points(panel, found, part, mark, f"{kind}, {rows}" if rows and int(size) > 1 else kind)
+            draw_points(panel, found, part, f"{kind}, {rows}" if rows and int(size) > 1 else kind, style)
     panel.grid(alpha=0.3)
 
 
-def draw_points(panel, systems: Sequence[dict], part: str, mark: str, label: str) -> None:
-    """Systems of one kind."""
+def draw_points(panel, systems: Sequence[dict], part: str, label: str, style: tuple[str, str]) -> None:
+    """Systems of one kind; the style is a colour and a mark."""
     ratios = [own[part]["ratio"] for own in systems]
     low = [max(0.0, own[part]["ratio"] - own[part]["quartiles"][0]) for own in systems]
     high = [max(0.0, own[part]["quartiles"][1] - own[part]["ratio"]) for own in systems]
     shares = [100 * own["skip_ratio"] for own in systems]
-    style = {"marker": mark, "markersize": 5, "capsize": 2, "linewidth": 0.8, "linestyle": "--"}
-    panel.errorbar(shares, ratios, yerr=[low, high], label=label, **style)
+    looks = {"color": style[0], "marker": style[1], "markersize": 5, "capsize": 2, "linewidth": 0.8, "linestyle": "--"}
+    panel.errorbar(shares, ratios, yerr=[low, high], label=label, **looks)
 
 
 __all__ = ["check_out", "draw", "print_result", "readme_text", "readme_with", "report_all", "save", "targets"]

@@ -26,6 +26,8 @@ BATCH_SIZES = (1, 2, 4, 8)
 WHOLE_GRID = dict.fromkeys(BATCH_SIZES, ALL_SHARES)
 SHORT_GRID = dict.fromkeys(BATCH_SIZES, TWO_SHARES) | {1: ALL_SHARES}  # all shares at batch 1, two at the others
 
+MEDIUM_ROUNDS = {1: 12, 2: 9, 4: 6, 8: 6}  # about 25 minutes on two cores
+
 BEFORE_IMAGE = 5  # tokens of a random prompt that come before its image
 FIRST_WORD = 3  # token ids below are special ones
 TINY_PROMPTS = 3
@@ -55,14 +57,15 @@ class Shape:
     Attributes:
         build: makes the `Subject` on a device, in a dtype.
         grid: batch size to the skip shares measured there.
-        rounds: how often every system runs, over all prompts.
+        rounds: batch size to how often every system runs, over all prompts. Most at batch 1, where the differences to
+            be told apart are smallest.
         threads: of torch; `None` leaves torch its own number.
         needs_gpu: whether a processor would take hours.
     """
 
     build: Callable[[torch.device, torch.dtype], Subject]
     grid: dict[int, tuple[float, ...]]
-    rounds: int
+    rounds: dict[int, int]
     dtype: str = "float32"
     device: str = "cpu"
     threads: int | None = None
@@ -190,7 +193,7 @@ def gpu_shape(*sizes: int) -> Shape:
     return Shape(
         lambda *on: random_subject(llava_15_config(*sizes), (640,), *on),
         SHORT_GRID,
-        rounds=9,
+        rounds=dict.fromkeys(BATCH_SIZES, 9) | {1: 15},
         dtype="bfloat16",
         device="cuda",
         needs_gpu=True,
@@ -198,8 +201,10 @@ def gpu_shape(*sizes: int) -> Shape:
 
 
 SHAPES = {
-    "tiny": Shape(tiny_subject, WHOLE_GRID, rounds=21, threads=1),
-    "cpu-medium": Shape(lambda *on: random_subject(cpu_medium_config(), (320, 480, 640), *on), SHORT_GRID, rounds=9),
+    "tiny": Shape(tiny_subject, WHOLE_GRID, rounds=dict.fromkeys(BATCH_SIZES, 21), threads=1),
+    "cpu-medium": Shape(
+        lambda *on: random_subject(cpu_medium_config(), (320, 480, 640), *on), SHORT_GRID, MEDIUM_ROUNDS
+    ),
     "llava-1.5-7b": gpu_shape(4096, 11008, 32, 32),
     "llava-1.5-13b": gpu_shape(5120, 13824, 40, 40),
 }

@@ -38,7 +38,7 @@ def subject():
 @pytest.fixture(scope="module")
 def result(subject):
     """What a quick run gives, with what the command adds."""
-    found = measure.measure(subject, GRID, rounds=2, num_tokens=TOKENS)
+    found = measure.measure(subject, GRID, rounds=dict.fromkeys(GRID, 2), num_tokens=TOKENS)
     setup = {"gpu": None, "processor": "a processor", "dtype": "float32", "attention": "sdpa", "threads": 1}
     about = {"benchmark": "bench", "shape": "cpu-medium", "quick": True, "command": "roe-llava bench"}
     return about | {"setup": setup | {"torch": "2", "transformers": "5"}} | found
@@ -216,7 +216,7 @@ def test_every_round_runs_all_systems_once_on_one_prompt(subject, monkeypatch):
         return {"prefill": 1.0, "decode": 1.0, "routes": torch.ones(1, NUM_LAYERS, dtype=torch.bool)}
 
     monkeypatch.setattr(measure, "time_once", time_once)
-    measure.measure(subject, {1: (0.25,)}, rounds=4, num_tokens=TOKENS)
+    measure.measure(subject, {1: (0.25,)}, rounds={1: 4}, num_tokens=TOKENS)
     rounds = [seen[start : start + 7] for start in range(0, len(seen), 7)]
     assert len(rounds) == 4
     assert [{length for _, length, _ in one} for one in rounds] == [{LENGTH}, {LENGTH + 2}] * 2
@@ -254,7 +254,7 @@ def test_removed_layers_pay_no_adapter(result):
 def test_compiling_needs_a_model_that_can(subject, monkeypatch):
     monkeypatch.delattr(RoeLlavaForConditionalGeneration, "compile_layers", raising=False)
     with pytest.raises(ValueError, match=r"--compile needs a model with compile_layers\(\)"):
-        measure.measure(subject, GRID, rounds=1, num_tokens=1, compiled=True)
+        measure.measure(subject, GRID, rounds=dict.fromkeys(GRID, 1), num_tokens=1, compiled=True)
 
 
 # ---------------------------------------- shapes
@@ -357,7 +357,9 @@ def test_readme_without_markers_is_left_alone():
 
 def test_readme_equals_what_the_results_say():
     readme = bench.ROOT / "benchmarks" / "README.md"
-    text = report.readme_text(report.results_in(bench.RESULTS), readme.parent)
+    results = report.results_in(bench.RESULTS)
+    assert all(path.with_suffix(".png").is_file() for path in results)
+    text = report.readme_text(results, readme.parent)
     assert report.readme_with(text, readme.read_text()) == readme.read_text(), "run: roe-llava bench --report"
 
 
@@ -423,7 +425,9 @@ def test_options_change_the_grid():
     args = shared_options("--skip", "0.1", "0.5")
     assert bench.settings_of(args, shape)[0] == dict.fromkeys(shapes.BATCH_SIZES, (0.1, 0.5))
     args = shared_options("--quick", "--rounds", "5")
-    assert bench.settings_of(args, shape) == (bench.QUICK_GRID, 5, bench.QUICK_TOKENS)
+    assert bench.settings_of(args, shape) == (bench.QUICK_GRID, {1: 5, 2: 5}, bench.QUICK_TOKENS)
+    args = shared_options("--batch", "1", "3")
+    assert bench.settings_of(args, shape)[1] == {1: shape.rounds[1], 3: shape.rounds[8]}
 
 
 def shared_options(*given):
