@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     from . import report  # late, as it loads what draws
 
     if args.report:
+        if args.out:
+            raise ValueError(f"--report reads {RESULTS} and writes there: leave --out out")
         report.report_all(RESULTS)
         return
     out = args.out or default_out(args.shape, args.compile)

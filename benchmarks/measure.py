@@ -6,6 +6,7 @@ compared with the base of the same round, which had the same prompt.
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import mean, median, quantiles
 
 import torch
@@ -16,6 +17,7 @@ from .shapes import Subject
 from .systems import BASE, REMOVED, System, counts_of, removed_models, systems_of
 from .timing import PARTS, adapter_cost, ceiling, decoder_shares, share_of_ceiling, time_once
 
+STOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # what is compiled of a stock layer
 SHARE_REPEATS = 3  # how often the time in decoder layers is taken, per prompt
 
 
@@ -64,7 +66,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def compile_layers(roe: PreTrainedModel, stock: Iterable[PreTrainedModel]) -> None:
-    """Compile attention and MLP of every layer; the RoE model says itself what can be compiled of it.
+    """Compile norms, attention and MLP of every layer; the RoE model says itself what can be compiled of it.
 
     Raises: ValueError if it does not.
     """
@@ -73,9 +75,17 @@ def compile_layers(roe: PreTrainedModel, stock: Iterable[PreTrainedModel]) -> No
         raise ValueError(f"--compile needs a model with compile_layers(), this {name} has none: leave it out")
     roe.compile_layers()
     for model in stock:
-        for layer in layers_of(model):
-            layer.self_attn.compile()
-            layer.mlp.compile()
+        for index, layer in enumerate(layers_of(model)):
+            layer.register_forward_pre_hook(partial(hand_on_own_cache, index), with_kwargs=True)
+            for part in STOCK_PARTS:
+                getattr(layer, part).compile(dynamic=True)
+
+
+def hand_on_own_cache(index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Give a stock layer its own part of the cache, as a RoE layer does: a graph of all of it serves one layer only."""
+    from ..compile_roe import cache_of_layer
+
+    return args, kwargs | {"past_key_values": cache_of_layer(kwargs.get("past_key_values"), index)}
 
 
 def sizes_of(subject: Subject) -> dict:
