@@ -4,6 +4,7 @@ Measuring only; `bench` is the command, `report` prints. Every system runs once 
 compared with the base of the same round, which had the same prompt.
 """
 
+import inspect
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -74,11 +75,14 @@ def compile_layers(roe: PreTrainedModel, stock: Iterable[PreTrainedModel]) -> No
         name = type(roe).__name__
         raise ValueError(f"--compile needs a model with compile_layers(), this {name} has none: leave it out")
     roe.compile_layers()
+    settings = {"dynamic": True}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        settings["recompile_limit"] = 64  # kinds of inputs, of all models together; torch gives up at 8
     for model in stock:
         for index, layer in enumerate(layers_of(model)):
             layer.register_forward_pre_hook(partial(hand_on_own_cache, index), with_kwargs=True)
             for part in STOCK_PARTS:
-                getattr(layer, part).compile(dynamic=True)
+                getattr(layer, part).compile(**settings)
 
 
 def hand_on_own_cache(index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

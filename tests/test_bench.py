@@ -8,6 +8,7 @@ from math import inf
 import pytest
 import tiny
 import torch
+from torch._dynamo.utils import counters
 
 from roe_llava import RoeLlavaForConditionalGeneration
 from roe_llava.benchmarks import bench, measure, report, shapes, systems, timing
@@ -251,10 +252,25 @@ def test_removed_layers_pay_no_adapter(result):
     assert forced == pytest.approx(timing.ceiling(0.25, cost, share)) and forced < removed
 
 
-def test_compiling_needs_a_model_that_can(subject, monkeypatch):
-    monkeypatch.delattr(RoeLlavaForConditionalGeneration, "compile_layers", raising=False)
-    with pytest.raises(ValueError, match=r"--compile needs a model with compile_layers\(\)"):
-        measure.measure(subject, GRID, rounds=dict.fromkeys(GRID, 1), num_tokens=1, compiled=True)
+def test_compiling_needs_a_model_that_can(subject):
+    with pytest.raises(ValueError, match=r"--compile needs a model with compile_layers\(\), this LlavaFor"):
+        measure.compile_layers(subject.base, [])
+
+
+@pytest.mark.skipif(not hasattr(RoeLlavaForConditionalGeneration, "compile_layers"), reason="no compile_layers here")
+def test_compiled_stock_layers_share_graphs_and_change_nothing(monkeypatch):
+    compile_module = torch.nn.Module.compile
+    # Graphs as for any backend, without waiting for a compiler.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part, **more: compile_module(part, **more, backend="eager"))
+    made = make_subject()
+    models = [made.base, systems.without_layers(made.base, [2, 5])]
+    before = [logits_of(model, made.prompts(2)[0]) for model in models]
+    torch._dynamo.reset()
+    counters.clear()
+    measure.compile_layers(made.roe, models)
+    for model, wanted in zip(models, before, strict=True):
+        assert torch.equal(logits_of(model, made.prompts(2)[0]), wanted)
+    assert 0 < counters["stats"]["unique_graphs"] < 2 * NUM_LAYERS and not counters["graph_break"]
 
 
 # ---------------------------------------- shapes
