@@ -321,7 +321,8 @@ def draw(result: dict, path: Path) -> None:
 def draw_panel(panel, result: dict, size: str, part: str) -> None:
     """One batch size and part: medians with quartiles."""
     batch = result["batches"][size]
-    shares = [step / 100 for step in range(0, 56)]
+    most = max(0.5, *(own["skip_ratio"] for own in batch["systems"]))
+    shares = [step * most / 50 for step in range(51)]
     best = [ceiling(share, result["adapter_cost"], batch["decoder_share"][part]) for share in shares]
     panel.plot([100 * share for share in shares], best, color="0.4", linewidth=1, label="ceiling")
     for (kind, rows), style in STYLES.items():
