@@ -6,6 +6,7 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?= --shape tiny --out out/bench/tiny.json --overwrite
 TEST_ARGS ?=
 
 BIN := .venv/bin
@@ -17,8 +18,8 @@ OFFLINE := HF_HUB_OFFLINE=1
 demo: .venv/installed  ## graft the shipped parts, answer held-out questions, time, draw; under 5 minutes
 	$(OFFLINE) $(BIN)/roe-llava demo $(DEMO_ARGS)
 
-bench: .venv/installed  ## the demo's timing alone
-	$(OFFLINE) $(BIN)/roe-llava demo --only-time --time-questions 5 --repeats 11 $(DEMO_ARGS)
+bench: .venv/installed  ## times beside the base's; other models and a place for results with BENCH_ARGS
+	$(OFFLINE) $(BIN)/roe-llava bench $(BENCH_ARGS)
 
 test: .venv/installed  ## everything that takes seconds
 	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)

@@ -23,6 +23,20 @@ def describe_machine(packages: tuple[str, ...] = ("roe-llava", "torch", "transfo
     }
 
 
+def describe_run(model) -> dict:
+    """Device, dtype, threads and attention that a model is measured with, for a results file."""
+    import torch  # late: the command line answers --help without it
+
+    device = model.device
+    return {
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "attention": model.config._attn_implementation,
+    }
+
+
 def command_line(module: str) -> str:
     """The command this process was started with, for a results file: no path of the machine in front."""
     return shlex.join(["python", "-m", module, *sys.argv[1:]])

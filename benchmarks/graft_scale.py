@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig
 
 from ..configuration_roe import RoeLlavaConfig
 from ..convert.adapter_file import save_adapter
@@ -32,32 +31,14 @@ from ..convert.weights import BLOCK_SIZE, StoredTensor, StoredTensors
 from ..loading_roe import is_roe_parameter
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from .environment import command_line, describe_machine
+from .shapes import llava_15_config
 
 RESULT = Path(__file__).parent / "results" / "graft_scale.json"
 
 
 def config_7b(layers: int = 32) -> RoeLlavaConfig:
     """LLaVA-1.5-7B's shapes."""
-    text = LlamaConfig(
-        vocab_size=32064,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    return RoeLlavaConfig(text_config=text, vision_config=vision, image_token_index=32000, adapter_size=1024)
+    return llava_15_config(4096, 11008, layers, heads=32)
 
 
 def base_shapes(config: RoeLlavaConfig) -> dict[str, tuple[int, ...]]:
