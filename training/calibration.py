@@ -161,6 +161,18 @@ class SkipCurve:
         misses = {bias: abs(self.points[bias].share - ratio) for bias in self.around(ratio) if math.isfinite(bias)}
         return min(misses.items(), key=lambda item: item[1])
 
+    @property
+    def spread(self) -> float:
+        """How far apart the margins are: the scale of biases."""
+        return max((self.margins[-1] - self.margins[0]).item(), 1e-3)
+
+    def off_the_edge(self, bias: float, step: int) -> float:
+        """A bias measured a little way off a jump, on whose edge rounding would decide; `step` +1 is up, -1 down."""
+        moved = rounded(bias + step * 0.01 * self.spread)
+        if moved not in self.points:
+            self.points[moved] = self.measure(moved)
+        return moved
+
     def refine(self, ratio: float, tolerance: float) -> bool:
         """Measure biases until one gives a ratio, or two that miss it are as good as the same.
 
@@ -168,8 +180,7 @@ class SkipCurve:
         """
         before = len(self.points)
         while (ends := self.around(ratio)) is not None:
-            finest = 1e-4 * (self.margins[-1] - self.margins[0]).item()
-            if self.nearest(ratio)[1] <= tolerance or ends[0] - ends[1] <= finest:
+            if self.nearest(ratio)[1] <= tolerance or ends[0] - ends[1] <= 1e-4 * self.spread:
                 break
             # Every other guess halves the interval, however the share jumps in it.
             bias = self.guess(ratio, *ends, halve=(len(self.points) - before) % 2 == 1)
@@ -189,7 +200,7 @@ class SkipCurve:
         expected = -self.margins[min(place, len(self.margins) - 1)].item()  # if no decision touched another
         if above > expected > below and not halve:
             return rounded(expected)
-        step = max(abs(expected), (self.margins[-1] - self.margins[0]).item() / 8, 1e-3)
+        step = max(abs(expected), self.spread / 8)
         known = below if math.isfinite(below) else above
         return rounded(known + max(abs(known), step) * (1 if math.isfinite(below) else -1))
 
@@ -246,7 +257,7 @@ def table_of(curve: SkipCurve, ratios: list[float], fingerprint: str) -> SkipCal
 
     Raises: ValueError if that is all of them.
     """
-    entries, gaps = {}, []
+    entries, gaps = {}, {}
     for ratio in ratios:
         ends = curve.around(ratio)
         if ends is None:
@@ -255,11 +266,12 @@ def table_of(curve: SkipCurve, ratios: list[float], fingerprint: str) -> SkipCal
         if miss <= LARGEST_ERROR:
             entries[ratio] = bias
         else:
-            at_ends = {round(curve.points[end].share, 4): end for end in ends if curve.points[end].share > 0}
-            entries |= at_ends
-            gaps += [[round(curve.points[end].share, 4) for end in ends]]
-    gaps = sorted(map(list, set(map(tuple, gaps))))
-    entries = {ratio: bias for ratio, bias in entries.items() if not any(low < ratio < high for low, high in gaps)}
+            ends = curve.off_the_edge(ends[0], +1), curve.off_the_edge(ends[1], -1)
+            gaps[ends] = [round(curve.points[end].share, 4) for end in ends]
+    for (above, below), (low, high) in gaps.items():
+        entries = {r: bias for r, bias in entries.items() if not (low < r < high or above > bias > below)}
+        entries |= {share: end for share, end in ((low, above), (high, below)) if share > 0}
+    gaps = sorted(gaps.values())
     if lost := [ratio for ratio in ratios if ratio not in entries]:
         lowest, highest = (curve.points[bias].share for bias in (math.inf, -math.inf))
         reason = f"skip ratios {lost} cannot be had: the routers can skip from {lowest:.3g} to {highest:.3g}" + (
@@ -272,7 +284,7 @@ def table_of(curve: SkipCurve, ratios: list[float], fingerprint: str) -> SkipCal
         logger.warning(reason)
     ordered = sorted(entries.items())
     points = [curve.points[bias] for _, bias in ordered]
-    return SkipCalibration(
+    table = SkipCalibration(
         skip_ratio=[ratio for ratio, _ in ordered],
         route_bias=[bias for _, bias in ordered],
         realised=[round(point.share, 6) for point in points],
@@ -283,6 +295,7 @@ def table_of(curve: SkipCurve, ratios: list[float], fingerprint: str) -> SkipCal
         held_out_questions=curve.held_out_questions,
         routers=fingerprint,
     )
+    return SkipCalibration.of_dict(table.to_dict(), len(curve.layer_scale))
 
 
 __all__ = ["calibrate"]
