@@ -5,6 +5,7 @@ import importlib
 _WHERE = {
     "RoeLlavaConfig": "configuration_roe",
     "RoeCache": "cache_roe",
+    "SkipCalibration": "calibration_roe",
     "RoutingPhase": "routing_roe",
     "RoeLlavaProcessor": "processing_roe",
     "RoeLlavaForConditionalGeneration": "modeling_roe_llava",

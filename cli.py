@@ -10,6 +10,7 @@ import sys
 
 COMMANDS = {
     "bench": ("benchmarks.bench", "time prefill and decoding beside the base and beside what is possible"),
+    "calibrate": ("convert.calibrate", "measure the table for generate(skip_ratio=...) and store it with the routers"),
     "demo": ("examples.tiny_world.demo", "answer held-out questions with the shipped model, base beside RoE"),
     "extract": ("convert.extract", "take the adapter file back out of a RoE checkpoint"),
     "import-llava": ("convert.import_llava", "turn an original LLaVA-1.5 checkpoint into the layout of llava-hf"),

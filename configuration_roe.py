@@ -6,9 +6,18 @@ boundaries and other training settings are arguments of the training, not of the
 
 from transformers import LlavaConfig
 
+from .calibration_roe import SkipCalibration
+
 ROUTING_POSITIONS = ("preceding", "first", "spread")
 ROUTING_QUESTIONS = ("last_turn", "all_text")
-ROUTING_FIELDS = ("adapter_size", "routed_layers", "routing_positions", "routing_question", "target_skip_ratio")
+ROUTING_FIELDS = (
+    "adapter_size",
+    "routed_layers",
+    "routing_positions",
+    "routing_question",
+    "target_skip_ratio",
+    "skip_calibration",
+)
 
 
 class RoeLlavaConfig(LlavaConfig):
@@ -32,6 +41,9 @@ class RoeLlavaConfig(LlavaConfig):
         target_skip_ratio (`float`, defaults to 0.3):
             Wanted share of skipped (example, layer) pairs, in [0, 0.5]. Read by the sparsity penalty and the random
             warm-up in training, never at inference.
+        skip_calibration (`dict`, *optional*):
+            Table from skip ratio to route bias, as `SkipCalibration` describes it; `roe-llava calibrate` measures it.
+            It holds for the routers it was measured with. Read by `generate(skip_ratio=...)`.
     """
 
     model_type = "roe_llava"
@@ -41,6 +53,7 @@ class RoeLlavaConfig(LlavaConfig):
     routing_positions: str = "preceding"
     routing_question: str = "last_turn"
     target_skip_ratio: float = 0.3
+    skip_calibration: dict | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -57,6 +70,8 @@ class RoeLlavaConfig(LlavaConfig):
             )
         if self.routed_layers is not None:
             self.routed_layers = self._checked_layers(self.routed_layers)
+        if self.skip_calibration is not None:
+            SkipCalibration.of_dict(self.skip_calibration, self.text_config.num_hidden_layers)
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):

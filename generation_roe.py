@@ -12,6 +12,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from .cache_roe import RoeCache, adopt_cache
+from .calibration_roe import calibrated_bias
 
 logger = logging.get_logger(__name__)
 
@@ -29,14 +30,15 @@ class RoeGenerationMixin:
         Args:
             routes: (B, L) or (L,) bool, pins the route; no router runs.
             route_bias: number, (L,) or (B, L), added to the keep logits; +inf keeps a layer, -inf skips it.
-            skip_ratio: wanted share of skipped layers; 0.0 keeps every layer, anything else needs a calibrated model.
+            skip_ratio: wanted share of skipped layers, on average over questions like those the model was calibrated
+                with (`config.skip_calibration`); 0.0 keeps every layer, calibrated or not. `forward` does not take it.
             Others: as in Transformers. `past_key_values` may be a `RoeCache`, or an empty `DynamicCache`, `StaticCache`
                 or `QuantizedCache`, which learns the routes and can be continued; as with `cache_implementation=
                 "static"` or `"quantized"`, rows that skip a layer other rows keep compute it for nothing.
         Raises: ValueError for what would change the answer in silence; the message says what to do instead.
         """
         if skip_ratio is not None:
-            route_bias = bias_for_skip_ratio(skip_ratio, routes, route_bias)
+            route_bias = bias_for_skip_ratio(self, skip_ratio, routes, route_bias)
         if routes is not None:
             kwargs["routes"] = torch.as_tensor(routes)
         if route_bias is not None:
@@ -117,19 +119,14 @@ class RoeGenerationMixin:
         return model_kwargs
 
 
-def bias_for_skip_ratio(skip_ratio: float, routes, route_bias) -> float:
-    """Route bias that gives a wanted skip ratio.
+def bias_for_skip_ratio(model, skip_ratio: float, routes, route_bias) -> float | list[float]:
+    """Route bias that gives a wanted skip ratio: +inf for 0.0, else one number per layer from the model's table.
 
     Raises: ValueError if another routing argument is given too, or the model is not calibrated for this ratio.
     """
     if routes is not None or route_bias is not None:
         raise ValueError("skip_ratio sets the route bias itself: give it without routes and route_bias")
-    if skip_ratio != 0.0:
-        raise ValueError(
-            f"skip_ratio={skip_ratio} needs a calibrated model, and this one holds no calibration. Give route_bias "
-            "(> 0 keeps more layers), or skip_ratio=0.0 to keep every layer"
-        )
-    return math.inf
+    return math.inf if skip_ratio == 0.0 else calibrated_bias(model, float(skip_ratio))
 
 
 def check_settings(generation_config, device: torch.device) -> None:

@@ -89,12 +89,14 @@ def graft(
     else:
         with new_folder(out, overwrite) as folder:
             signatures = write_graft(plan, folder)
+    lost = {"skip_calibration": "measured on another base, or one that was not checked; calibrate again"}
+    has_lost = plan.parts.info.skip_calibration is not None and not keeps_table(plan, signatures)
     return Summary(
         kept=len(plan.checkpoint.tensors),
         kept_bytes=total_bytes(plan.checkpoint.tensors),
         added=len(plan.added.tensors),
         added_bytes=total_bytes(plan.added.tensors),
-        dropped=plan.companions.dropped,
+        dropped=plan.companions.dropped | (lost if has_lost else {}),
         fingerprint=fingerprint(signatures),
         out=out,
         written=not dry_run,
@@ -186,11 +188,17 @@ def write_graft(plan: Plan, folder: Path) -> dict[str, str]:
     with byte_progress(num_bytes, "copying") as progress:
         signatures = copy_weights(plan.checkpoint, plan.added, folder, progress)
     plan.check_base(signatures)
-    config = grafted_config(plan.config, plan.parts.info.routing_fields, provenance(plan, fingerprint(signatures)))
+    fields = plan.parts.info.routing_fields | ({} if keeps_table(plan, signatures) else {"skip_calibration": None})
+    config = grafted_config(plan.config, fields, provenance(plan, fingerprint(signatures)))
     write_json(folder / "config.json", config)
     write_companions(plan.companions, folder)
     write_code(folder)
     return signatures
+
+
+def keeps_table(plan: Plan, signatures: dict[str, str]) -> bool:
+    """Whether a calibration holds for this base: what routers read on another one, nobody has measured."""
+    return plan.expected is not None or (plan.parts.info.base or {}).get("fingerprint") == fingerprint(signatures)
 
 
 def provenance(plan: Plan, base_fingerprint: str) -> dict:
