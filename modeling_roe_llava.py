@@ -29,8 +29,15 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Mod
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .attention_roe import RoutedAttentionConfig, RoutingAttention, attentions_of_all_rows, take_rows
+from .attention_roe import (
+    RefusesFlashAttention,
+    RoutedAttentionConfig,
+    RoutingAttention,
+    attentions_of_all_rows,
+    take_rows,
+)
 from .cache_roe import LayerRows, RoeCache, adopt_cache
+from .compile_roe import RoeCompileMixin, cache_of_layer, is_compiled
 from .configuration_roe import RoeLlavaConfig
 from .generation_roe import RoeGenerationMixin, check_one_prompt_per_row
 from .grafting_roe import RoeGraftingMixin
@@ -165,6 +172,8 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
 
     def full_path(self, tokens: Tensor, routing: Routing, kwargs: dict, kept: Tensor | None = None) -> Tensor:
         """The stock layer over ordinary and routing tokens of all or `kept` rows; routing tokens attend apart."""
+        if is_compiled(self.self_attn):
+            kwargs = kwargs | {"past_key_values": cache_of_layer(kwargs.get("past_key_values"), self.layer_idx)}
         if routing.states[self.layer_idx] is None:
             return super().forward(tokens, **kwargs)
         visible, positions = take_rows((routing.visible, routing.position_embeddings), kept, routing.visible.shape[0])
@@ -209,11 +218,9 @@ class RoeQwen2DecoderLayer(RoeDecoderLayer, Qwen2DecoderLayer):
     """A Qwen2 layer with a router and an adapter."""
 
 
-class RoeLanguageModel:
+class RoeLanguageModel(RefusesFlashAttention):
     """Put in front of a stock language model's class: RoE layers, routing tokens, and their place in a forward pass."""
 
-    _supports_flash_attn = False  # rows of a mixed route cannot be taken out of its varlen arguments yet
-    _supports_flex_attn = False  # likewise out of a block mask
     decoder_layer_class: type[RoeDecoderLayer]
 
     def __init__(self, config: PreTrainedConfig, adapter_size: int, routed_layers: list[int] | None = None):
@@ -307,12 +314,10 @@ def build_language_model(config: PreTrainedConfig) -> RoeLanguageModel:
     return LANGUAGE_MODELS[model_type](config.text_config, config.adapter_size, config.routed_layers)
 
 
-class RoeLlavaPreTrainedModel(LlavaPreTrainedModel):
+class RoeLlavaPreTrainedModel(RefusesFlashAttention, LlavaPreTrainedModel):
     """What both RoE classes share."""
 
     config: RoeLlavaConfig
-    _supports_flash_attn = False
-    _supports_flex_attn = False
     # Decisions are made in float32 whatever the model is loaded in.
     _keep_in_fp32_modules_strict = {"router", "routing_tokens"}
 
@@ -423,7 +428,7 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
 
 
 class RoeLlavaForConditionalGeneration(
-    RoeGenerationMixin, RoeGraftingMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration
+    RoeGenerationMixin, RoeGraftingMixin, RoeCompileMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration
 ):
     """LLaVA that decides per example which decoder layers to run.
 
