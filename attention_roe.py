@@ -1,7 +1,6 @@
 """Attention in a routed layer: the base model's own for ordinary tokens, apart from it that of the routing tokens.
 
-Also what mixed routes do with attention's arguments and results: `take_rows`, `attentions_of_all_rows`; and which
-implementations are refused: `RefusesFlashAttention`.
+Also what mixed routes do with attention's arguments and results: `take_rows`, `attentions_of_all_rows`.
 
 B batch, R routing tokens, S sequence, H heads, P head size.
 """
@@ -12,7 +11,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
-from transformers.utils.generic import is_flash_attention_requested
 
 from .cache_roe import LayerRows
 
@@ -140,33 +138,6 @@ class RoutedAttentionConfig:
         if name == "base_config":  # not set yet: a copy or a pickle is being made
             raise AttributeError(name)
         return getattr(self.base_config, name)
-
-
-class RefusesFlashAttention:
-    """Put in front of a model's class: FlashAttention, the package's and the Hub's kernels, is refused by its name.
-
-    Before Transformers looks for the package, so that nobody installs it in vain.
-    """
-
-    _supports_flash_attn = False
-
-    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
-        refuse_flash_attention(requested_attention)
-        return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
-        refuse_flash_attention(attn_implementation)
-        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
-
-
-def refuse_flash_attention(name: str | None) -> None:
-    """Raises: ValueError if an attention implementation is some FlashAttention."""
-    if is_flash_attention_requested(requested_attention_implementation=name):
-        raise ValueError(
-            f"attn_implementation={name!r} is not supported by RoE-LLaVA: FlashAttention packs the rows of a batch "
-            "into one, where the rows of a mixed route cannot be told apart. Use 'sdpa' (the default, which runs "
-            "torch's own flash kernels where it can), 'flex_attention' or 'eager'"
-        )
 
 
 __all__ = ["RoutingAttention"]
