@@ -35,10 +35,12 @@ class RoeCompileMixin:
         Compiled arithmetic rounds differently. Where two tokens, or the two logits of a router, are nearly equal, the
         other one may win.
 
-        Limits: quantised and offloaded caches are updated between two graphs instead of inside one, so
-        `fullgraph=True` fails with them. A `StaticCache` filled before compiling, or initialised early, is traced
-        layer by layer. A copy of the model, and a saved one, is not compiled. With CUDA graphs
-        (`mode="reduce-overhead"`) results live in memory that the next step overwrites: not for a growing cache.
+        Limits: quantised and offloaded caches are updated between two graphs instead of inside one, and once hidden
+        states or attentions were asked for, Transformers listens between graphs too; `fullgraph=True` then fails. A
+        copy of the model, and a saved one, is not compiled. With CUDA graphs (`mode="reduce-overhead"`) results live in
+        memory that the next step overwrites: not for a cache that grows. Where torch.compile has no `recompile_limit`,
+        mixed batches may need more than `torch._dynamo.config.recompile_limit` graphs of attention, and what is beyond
+        runs uncompiled: raise it.
 
         Args:
             compile_arguments: as of `torch.compile`. `dynamic=True` unless given, as lengths and rows vary, and where

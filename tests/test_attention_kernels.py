@@ -116,6 +116,7 @@ def test_a_block_mask_of_one_row_is_shared_by_all():
     assert take_rows(mask, torch.tensor([0, 2]), 3) is mask
 
 
+@pytest.mark.slow
 def test_compiled_flex_equals_sdpa(no_gradients, needs_cpp_compiler):
     model, inputs = tiny.routed_model("mistral"), tiny.batch(["text_only", "one_token", "text_only"])
     pinned = torch.tensor([[True] * 4, [False] * 4, [True] * 4])  # one shape, so that little is compiled

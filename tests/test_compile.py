@@ -65,9 +65,8 @@ def assert_same_tokens(model, inputs, family="llama", **how):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_compiled_layers_generate_the_same_tokens(family):
     model, before = compiled(family), SHARED.graphs
-    for inputs in (tiny.alone("question"), tiny.batch()):
-        assert_same_tokens(model, inputs, family)
-    assert_same_tokens(model, tiny.batch(), family, cache_implementation="static")
+    assert_same_tokens(model, tiny.batch(), family)
+    assert_same_tokens(model, tiny.alone("question"), family, cache_implementation="static")
     assert SHARED.graphs > before
 
 
@@ -113,23 +112,26 @@ def test_compiled_layers_fill_a_cache_as_uncompiled_ones_do(name):
         torch.testing.assert_close(own.values, other.values, rtol=1e-4, atol=1e-5)
 
 
-def test_a_quantised_cache_is_updated_between_two_graphs():
-    model = compiled(fullgraph=False)
-    ours = model.generate(**tiny.batch(), **GREEDY, past_key_values=QuantizedCache("fp8", model.config))
-    other = uncompiled("llama").generate(**tiny.batch(), **GREEDY, past_key_values=QuantizedCache("fp8", model.config))
-    assert torch.equal(ours, other)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        compiled().generate(**tiny.batch(), **GREEDY, past_key_values=QuantizedCache("fp8", model.config))
+def test_a_quantised_cache_is_updated_between_two_graphs(counted):
+    inputs = tiny.alone("question")
+
+    def tokens(model):
+        return model.generate(**inputs, **GREEDY, past_key_values=QuantizedCache("fp8", model.config))
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="update"):
+        tokens(compiled(backend=counted))
+    torch._dynamo.reset()
+    assert torch.equal(tokens(compiled(backend=counted, fullgraph=False)), tokens(uncompiled("llama")))
+    assert counted.graphs > 0
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_compiled_layers_show_hidden_states_and_attentions(implementation):
-    model = tiny.routed_model(implementation=implementation)
-    expected = model(**tiny.batch(), output_hidden_states=True, output_attentions=True)
-    model.compile_layers(backend=SHARED, fullgraph=True)
-    ours = model(**tiny.batch(), output_hidden_states=True, output_attentions=True)
+def test_compiled_layers_show_hidden_states_and_attentions():
+    model, inputs = tiny.routed_model(implementation="eager"), tiny.alone("question")
+    expected = model(**inputs, output_hidden_states=True, output_attentions=True)
+    model.compile_layers(backend=SHARED)  # the hooks that Transformers listens with end a graph
+    ours = model(**inputs, output_hidden_states=True, output_attentions=True)
     torch.testing.assert_close(ours.hidden_states, expected.hidden_states, rtol=1e-4, atol=1e-5)
-    assert len(ours.attentions) == len(expected.attentions)
+    assert ours.attentions[1] is not None and ours.attentions[2] is None  # the route of this prompt
     torch.testing.assert_close(ours.attentions, expected.attentions, rtol=1e-4, atol=1e-5)
 
 
@@ -155,8 +157,8 @@ def graphs_of(model, backend, inputs, **how) -> int:
 
 def test_layers_share_their_graphs(counted):
     model = compiled(backend=counted)
-    # Every part once for prefill and once for decoding.
-    assert graphs_of(model, counted, tiny.alone("question"), routes=torch.tensor([True, True, True, False])) == 2 * 5
+    # Attention, MLP, adapter and the norms, which are alike: once for prefill, once for decoding.
+    assert graphs_of(model, counted, tiny.alone("question"), routes=torch.tensor([True, True, True, False])) == 2 * 4
 
 
 def test_no_graph_more_for_another_route_length_or_token(counted):
@@ -170,7 +172,7 @@ def test_no_graph_more_for_another_route_length_or_token(counted):
         assert graphs_of(model, counted, tiny.alone("question"), routes=torch.as_tensor(route).bool()) == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # one kind of layers, two
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])  # one kind of layers, two
 def test_no_graph_more_for_other_rows(family, counted):
     model = compiled(family, counted)
     for names in (NAMES, NAMES[:3], NAMES[3:5]):  # one row and several keep or skip layers
@@ -225,7 +227,9 @@ def test_a_part_compiled_by_the_user_alone_works_too():
     assert_same_tokens(model, tiny.batch())
 
 
+@pytest.mark.slow
 def test_inductor_generates_the_same_tokens(needs_cpp_compiler):
     model = tiny.routed_model()
     model.compile_layers(fullgraph=True)
-    assert_same_tokens(model, tiny.batch(["question", "text_only"]), max_new_tokens=3)
+    for inputs in (tiny.alone("question"), tiny.batch(["question", "text_only"])):
+        assert_same_tokens(model, inputs, max_new_tokens=3)
