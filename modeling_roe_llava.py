@@ -31,11 +31,12 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention_roe import RoutedAttentionConfig, RoutingAttention, attentions_of_all_rows, take_rows
 from .cache_roe import LayerRows, RoeCache, adopt_cache
+from .compile_roe import RoeCompileMixin, cache_of_layer, is_compiled
 from .configuration_roe import RoeLlavaConfig
 from .generation_roe import RoeGenerationMixin, check_one_prompt_per_row
 from .grafting_roe import RoeGraftingMixin
 from .grouping_roe import RoeGroupingMixin
-from .loading_roe import register_names
+from .loading_roe import RefusesFlashAttention, register_names
 from .routing_roe import (
     Routing,
     RoutingPhase,
@@ -166,6 +167,8 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
 
     def full_path(self, tokens: Tensor, routing: Routing, kwargs: dict, kept: Tensor | None = None) -> Tensor:
         """The stock layer over ordinary and routing tokens of all or `kept` rows; routing tokens attend apart."""
+        if is_compiled(self.self_attn):
+            kwargs = kwargs | {"past_key_values": cache_of_layer(kwargs.get("past_key_values"), self.layer_idx)}
         if routing.states[self.layer_idx] is None:
             return super().forward(tokens, **kwargs)
         visible, positions = take_rows((routing.visible, routing.position_embeddings), kept, routing.visible.shape[0])
@@ -210,11 +213,9 @@ class RoeQwen2DecoderLayer(RoeDecoderLayer, Qwen2DecoderLayer):
     """A Qwen2 layer with a router and an adapter."""
 
 
-class RoeLanguageModel:
+class RoeLanguageModel(RefusesFlashAttention):
     """Put in front of a stock language model's class: RoE layers, routing tokens, and their place in a forward pass."""
 
-    _supports_flash_attn = False  # rows of a mixed route cannot be taken out of its varlen arguments yet
-    _supports_flex_attn = False  # likewise out of a block mask
     decoder_layer_class: type[RoeDecoderLayer]
 
     def __init__(self, config: PreTrainedConfig, adapter_size: int, routed_layers: list[int] | None = None):
@@ -261,7 +262,7 @@ class RoeLanguageModel:
                 f"attention_mask must be 2D (B, S) to find where rows begin, got shape {tuple(attention_mask.shape)}; "
                 "with a custom 4D mask pin the route with routes="
             )
-        which = torch.tensor([0] + [1] * (num_tokens - 1), device=self.routing_tokens.weight.device)
+        which = torch.arange(num_tokens, device=self.routing_tokens.weight.device).clamp(max=1)
         tokens = self.routing_tokens(which).to(inputs_embeds.dtype)
         routing.states[0] = tokens.expand(batch_size, -1, -1).to(inputs_embeds.device)
         position_ids = position_ids.expand(batch_size, -1)
@@ -308,12 +309,10 @@ def build_language_model(config: PreTrainedConfig) -> RoeLanguageModel:
     return LANGUAGE_MODELS[model_type](config.text_config, config.adapter_size, config.routed_layers)
 
 
-class RoeLlavaPreTrainedModel(LlavaPreTrainedModel):
+class RoeLlavaPreTrainedModel(RefusesFlashAttention, LlavaPreTrainedModel):
     """What both RoE classes share."""
 
     config: RoeLlavaConfig
-    _supports_flash_attn = False
-    _supports_flex_attn = False
     # Decisions are made in float32 whatever the model is loaded in.
     _keep_in_fp32_modules_strict = {"router", "routing_tokens"}
 
@@ -385,8 +384,8 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
             return
         always_run = [i for i, layer in enumerate(self.language_model.layers) if layer.router is None]
         if request["routes"] is not None:
-            routes = checked_routes(request["routes"], tokens.shape[0], routing.num_layers, always_run, tokens.device)
-            routing.routes = routes
+            routes = checked_routes(request["routes"], tokens.shape[0], routing.num_layers, always_run)
+            routing.routes = routes.to(tokens.device, non_blocking=True)
             routing.rows = [LayerRows(keep, tokens.device) for keep in routes.t().tolist()]
             return
         segments = request["routing_segments"]
@@ -400,7 +399,8 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
                 raise ValueError("route_bias shifts decisions at inference; in training set model.model.routing_phase")
             routing.train_on(segments, self.routing_phase)
         else:
-            bias = checked_route_bias(request["route_bias"], tokens.shape[0], routing.num_layers, always_run)
+            sizes = tokens.shape[0], routing.num_layers
+            bias = checked_route_bias(request["route_bias"], *sizes, always_run, tokens.device)
             routing.decide_on(segments, bias, self.config.routing_question)
 
     def segments_of(self, input_ids, inputs_embeds, attention_mask, labels: Tensor | None = None) -> Tensor:
@@ -424,7 +424,12 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
 
 
 class RoeLlavaForConditionalGeneration(
-    RoeGroupingMixin, RoeGenerationMixin, RoeGraftingMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration
+    RoeGroupingMixin,
+    RoeGenerationMixin,
+    RoeGraftingMixin,
+    RoeCompileMixin,
+    RoeLlavaPreTrainedModel,
+    LlavaForConditionalGeneration,
 ):
     """LLaVA that decides per example which decoder layers to run.
 
