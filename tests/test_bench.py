@@ -437,7 +437,7 @@ def test_wrong_numbers_are_refused(given, message, tmp_path, capsys):
 def test_options_change_the_grid():
     shape = shapes.SHAPES["cpu-medium"]
     args = shared_options("--batch", "1", "8")
-    assert bench.settings_of(args, shape)[0] == {1: shapes.ALL_SHARES, 8: shapes.TWO_SHARES}
+    assert bench.settings_of(args, shape)[0] == {1: shapes.ALL_SHARES, 8: (0.25,)}
     args = shared_options("--skip", "0.1", "0.5")
     assert bench.settings_of(args, shape)[0] == dict.fromkeys(shapes.BATCH_SIZES, (0.1, 0.5))
     args = shared_options("--quick", "--rounds", "5")
