@@ -17,6 +17,11 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
+def to_device(numbers: Sequence[int], device: torch.device | str) -> Tensor:
+    """(n,) whole numbers on a device, without waiting for what it is doing, as `torch.tensor(..., device=)` would."""
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
+
+
 class LayerRows:
     """Which rows of a batch run one layer: indices for gathering, made once per route and not once per token.
 
@@ -31,8 +36,8 @@ class LayerRows:
         self.all_kept, self.none_kept = all(self.keep), not any(self.keep)
         self.kept = self.skipped = None
         if not self.all_kept and not self.none_kept:
-            self.kept = torch.tensor([row for row, k in enumerate(self.keep) if k], device=device)
-            self.skipped = torch.tensor([row for row, k in enumerate(self.keep) if not k], device=device)
+            self.kept = to_device([row for row, k in enumerate(self.keep) if k], device)
+            self.skipped = to_device([row for row, k in enumerate(self.keep) if not k], device)
 
 
 class RouteKeeper:
@@ -186,10 +191,18 @@ class RouteKeeper:
             if layer.is_initialized and not rows.none_kept:
                 # The one way of all kinds of layers to take rows. Selecting and repeating are missing in static ones
                 # and do nothing in quantised ones (Transformers 5.23).
-                layer.reorder_cache(torch.tensor(source, dtype=torch.long, device=layer.device))
+                layer.reorder_cache(to_device(source, layer.device))
                 if hasattr(layer, "batch_size"):
                     layer.batch_size = len(source)
-        self.set_routes(self.routes[torch.tensor(source, device=self.routes.device)])
+        self._take_routes(source)
+
+    def _take_routes(self, source: list[int]) -> None:
+        """As `_take_rows`, of the routes alone; what the host knows is not asked of the device again."""
+        routes = self.routes[to_device(source, self.routes.device)]
+        keeps = [tuple(rows.keep[row] for row in source) for rows in self.rows]
+        # Beams stay with their prompt, and so does its route: mostly nothing changes.
+        pairs = zip(self.rows, keeps, strict=True)
+        self.set_routes(routes, [rows if keep == rows.keep else LayerRows(keep, routes.device) for rows, keep in pairs])
 
 
 class RoeCache(RouteKeeper, DynamicCache):
@@ -218,8 +231,8 @@ class RoeCache(RouteKeeper, DynamicCache):
             kept = [row for row, keep in enumerate(rows.keep) if keep]
             place = {row: index for index, row in enumerate(kept)}
             index = [place[row] for row in source if row in place]
-            layer.batch_select_indices(torch.tensor(index, dtype=torch.long, device=layer.keys.device))
-        self.set_routes(self.routes[torch.tensor(source, device=self.routes.device)])
+            layer.batch_select_indices(to_device(index, layer.keys.device))
+        self._take_routes(source)
 
 
 class RoutedDynamicCache(RouteKeeper, DynamicCache):
@@ -270,7 +283,11 @@ def adopt_cache(cache, num_tokens: int = 0) -> None:
 
 def check_empty(cache) -> None:
     """Raises: ValueError if a cache without routes holds tokens."""
-    held = max((int(layer.get_seq_length()) for layer in cache.layers if layer.is_initialized), default=0)
+    lengths = [layer.get_seq_length() for layer in cache.layers if layer.is_initialized]
+    counts = [length for length in lengths if isinstance(length, Tensor)]  # a static layer counts on its device
+    if counts:
+        lengths.append(int(torch.stack([count.to(counts[0].device) for count in counts]).max()))
+    held = max((length for length in lengths if not isinstance(length, Tensor)), default=0)
     if held:
         raise ValueError(
             f"past_key_values, a {type(cache).__name__}, holds {held} tokens but no routes: another model filled it, "

@@ -260,7 +260,7 @@ class RoeLanguageModel:
                 f"attention_mask must be 2D (B, S) to find where rows begin, got shape {tuple(attention_mask.shape)}; "
                 "with a custom 4D mask pin the route with routes="
             )
-        which = torch.tensor([0] + [1] * (num_tokens - 1), device=self.routing_tokens.weight.device)
+        which = torch.arange(num_tokens, device=self.routing_tokens.weight.device).clamp(max=1)
         tokens = self.routing_tokens(which).to(inputs_embeds.dtype)
         routing.states[0] = tokens.expand(batch_size, -1, -1).to(inputs_embeds.device)
         position_ids = position_ids.expand(batch_size, -1)
@@ -384,8 +384,8 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
             return
         always_run = [i for i, layer in enumerate(self.language_model.layers) if layer.router is None]
         if request["routes"] is not None:
-            routes = checked_routes(request["routes"], tokens.shape[0], routing.num_layers, always_run, tokens.device)
-            routing.routes = routes
+            routes = checked_routes(request["routes"], tokens.shape[0], routing.num_layers, always_run)
+            routing.routes = routes.to(tokens.device, non_blocking=True)
             routing.rows = [LayerRows(keep, tokens.device) for keep in routes.t().tolist()]
             return
         segments = request["routing_segments"]
@@ -399,7 +399,8 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
                 raise ValueError("route_bias shifts decisions at inference; in training set model.model.routing_phase")
             routing.train_on(segments, self.routing_phase)
         else:
-            bias = checked_route_bias(request["route_bias"], tokens.shape[0], routing.num_layers, always_run)
+            sizes = tokens.shape[0], routing.num_layers
+            bias = checked_route_bias(request["route_bias"], *sizes, always_run, tokens.device)
             routing.decide_on(segments, bias, self.config.routing_question)
 
     def segments_of(self, input_ids, inputs_embeds, attention_mask, labels: Tensor | None = None) -> Tensor:

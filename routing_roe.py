@@ -107,23 +107,21 @@ def routing_position_ids(position_ids: Tensor, attention_mask: Tensor | None, nu
     if attention_mask is not None:
         first = (attention_mask != 0).long().argmax(dim=1, keepdim=True).to(position_ids.device)
     start = position_ids.gather(1, first)
-    offsets = {
-        "preceding": [-2] + [-1] * (num_tokens - 1),
-        "first": [1] * num_tokens,
-        "spread": list(range(-num_tokens, 0)),
-    }[mode]
-    return start + torch.tensor(offsets, device=position_ids.device)
+    number = torch.arange(num_tokens, device=position_ids.device)
+    if mode == "first":
+        return (start + 1).expand(-1, num_tokens)
+    return start + (number.clamp(max=1) - 2 if mode == "preceding" else number - num_tokens)
 
 
 # ----------------------------------------------------------------------------------------------- checked user options
 
 
-def checked_routes(routes, batch_size: int, num_layers: int, always_run: Sequence[int], device) -> Tensor:
-    """`routes=` as a (B, L) bool tensor; one row of L values serves the whole batch.
+def checked_routes(routes, batch_size: int, num_layers: int, always_run: Sequence[int]) -> Tensor:
+    """`routes=` as a (B, L) bool tensor on the host; one row of L values serves the whole batch.
 
     Raises: ValueError for another shape, values other than 0 and 1, or a skipped layer that has no adapter.
     """
-    routes = torch.as_tensor(routes, device=device)
+    routes = torch.as_tensor(routes, device="cpu")  # all at once: every look at it on a device would be a copy
     if routes.dtype != torch.bool:
         if not bool(((routes == 0) | (routes == 1)).all()):
             raise ValueError("routes must be bool (or 0 and 1): True where the layer runs; did you pass router logits?")
@@ -141,15 +139,17 @@ def checked_routes(routes, batch_size: int, num_layers: int, always_run: Sequenc
 
 
 def checked_route_bias(
-    route_bias, batch_size: int, num_layers: int, always_run: Sequence[int] = ()
+    route_bias, batch_size: int, num_layers: int, always_run: Sequence[int] = (), device: torch.device | str = "cpu"
 ) -> list[float] | list[Tensor]:
     """`route_bias=` layer by layer, added to the keep logits; +inf keeps a layer, -inf skips it.
 
-    Returns: L floats, or L tensors (B,) float32 where rows have biases of their own.
+    Returns: L floats, or L tensors (B,) float32 on the device where rows have biases of their own.
     Raises: ValueError for another shape, NaN, or -inf for one of the layers that `always_run` (for all layers at once
         it means every layer that can be skipped).
     """
-    bias = torch.as_tensor(0.0 if route_bias is None else route_bias, dtype=torch.float32)
+    if route_bias is None:
+        return [0.0] * num_layers
+    bias = torch.as_tensor(route_bias, dtype=torch.float32, device="cpu")  # as with routes
     if bias.shape not in ((), (num_layers,), (1, num_layers), (batch_size, num_layers)):
         raise ValueError(
             f"route_bias must be one number, one per decoder layer ({num_layers}), or one per example and layer "
@@ -161,7 +161,7 @@ def checked_route_bias(
     if lost:
         raise ValueError(f"route_bias skips layers {lost}, which have no router (config.routed_layers leaves them out)")
     if bias.dim() == 2 and batch_size > 1:
-        return list(bias.expand(batch_size, -1).unbind(1))
+        return list(bias.expand(batch_size, -1).to(device, non_blocking=True).unbind(1))
     return bias.flatten().expand(num_layers).tolist()
 
 
@@ -392,7 +392,8 @@ class Routing:
         known = next((one for one in logits if one is not None), None)
         if known is None:
             return None
-        always = known.new_tensor([math.inf, -math.inf]).expand_as(known)
+        always = torch.full_like(known, math.inf)
+        always[..., 1] = -math.inf
         return torch.stack([always if one is None else one.to(known.device) for one in logits], dim=-2)
 
     def decided_routes(self, device: torch.device) -> Tensor | None:
@@ -400,7 +401,7 @@ class Routing:
         if self.is_soft:
             return None
         if self.routes is None:
-            self.routes = torch.tensor([rows.keep for rows in self.rows], device=device).t().contiguous()
+            self.routes = torch.tensor([rows.keep for rows in self.rows]).t().contiguous().to(device, non_blocking=True)
         return self.routes
 
     def turn_skip_weights(self) -> Tensor | None:

@@ -162,24 +162,24 @@ def test_without_a_mask_the_row_begins_with_its_first_token():
 
 
 def test_one_route_serves_the_whole_batch():
-    assert checked_routes([1, 0, 1], 2, 3, [], "cpu").tolist() == [[True, False, True]] * 2
-    assert checked_routes(torch.tensor([[True, False]]), 2, 2, [], "cpu").tolist() == [[True, False]] * 2
+    assert checked_routes([1, 0, 1], 2, 3, []).tolist() == [[True, False, True]] * 2
+    assert checked_routes(torch.tensor([[True, False]]), 2, 2, []).tolist() == [[True, False]] * 2
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3), (2, 4, 1)])
 def test_routes_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"routes must have shape \(2, 4\).*" + ", ".join(map(str, shape))):
-        checked_routes(torch.ones(shape, dtype=torch.bool), 2, 4, [], "cpu")
+        checked_routes(torch.ones(shape, dtype=torch.bool), 2, 4, [])
 
 
 def test_routes_that_are_no_booleans_are_refused():
     with pytest.raises(ValueError, match=r"routes must be bool.*router logits"):
-        checked_routes(torch.tensor([0.3, 1.0]), 1, 2, [], "cpu")
+        checked_routes(torch.tensor([0.3, 1.0]), 1, 2, [])
 
 
 def test_a_route_cannot_skip_a_layer_without_an_adapter():
     with pytest.raises(ValueError, match=r"routes skip layers \[1\].*config\.routed_layers"):
-        checked_routes([True, False, False], 1, 3, [0, 1], "cpu")
+        checked_routes([True, False, False], 1, 3, [0, 1])
 
 
 def test_a_route_bias_is_a_number_per_layer_or_per_row_and_layer():
