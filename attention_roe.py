@@ -7,6 +7,7 @@ B batch, R routing tokens, S sequence, H heads, P head size.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -15,19 +16,39 @@ from .cache_roe import LayerRows
 
 
 def take_rows(value, rows: Tensor | None, batch_size: int):
-    """Rows (`None`: all) of whatever a decoder layer is given: tensors of the batch's size, tuples of them, `None`."""
-    if rows is None:
+    """Rows (`None`: all) of whatever a decoder layer is given.
+
+    Args:
+        value: tensor of the batch's size, flex attention's `BlockMask`, tuples of them, or `None`.
+        rows: (n,) row numbers.
+        batch_size: B; what has one row is shared by all.
+    Raises: ValueError for anything else, which another kind of attention needs.
+    """
+    if rows is None or value is None:
         return value
     if isinstance(value, tuple):
         return tuple(take_rows(item, rows, batch_size) for item in value)
-    if value is None or (isinstance(value, Tensor) and value.shape[0] == 1 < batch_size):
-        return value  # shared by all rows
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor | BlockMask):
         raise ValueError(
             f"cannot take the rows of a mixed route out of a {type(value).__name__}; "
-            "use attn_implementation='sdpa' or 'eager'"
+            "use attn_implementation='sdpa', 'eager' or 'flex_attention'"
         )
+    if value.shape[0] == 1 < batch_size:
+        return value
+    if isinstance(value, BlockMask):
+        return rows_of_block_mask(value, rows.to(value.kv_indices.device))
     return value.index_select(0, rows.to(value.device))
+
+
+def rows_of_block_mask(mask: BlockMask, rows: Tensor) -> BlockMask:
+    """The mask of some rows: their blocks, and the function inside a block asked about the row it was made for."""
+    taken = mask[rows]  # has no function: torch cannot know what an index means to it
+
+    def mask_mod(row, head, query, key):
+        return mask.mask_mod(rows[row], head, query, key)
+
+    taken.mask_mod = mask_mod
+    return taken
 
 
 def attentions_of_all_rows(attentions: tuple[Tensor, ...], rows: list[LayerRows]) -> tuple[Tensor | None, ...]:
@@ -88,6 +109,8 @@ def attend_apart(module, query, key, value, attention_mask, routing_attention=No
     if routing_attention is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
     split = query.shape[2] - routing_attention.num_tokens
+    if split == 1:  # a number where lengths are symbols: compiled, SDPA has to know whether there are several queries
+        split = 1
     ordinary, weights = attend(module, query[:, :, :split], key, value, attention_mask, **kwargs)
     routed = routing_attention.attend(query[:, :, split:], kwargs["scaling"])
     return torch.cat([ordinary, routed.to(ordinary.dtype)], dim=1), weights

@@ -3,6 +3,7 @@
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
+from transformers.utils.generic import is_flash_attention_requested
 
 logger = logging.get_logger(__name__)
 
@@ -65,6 +66,33 @@ class RoeLoadingMixin:
         return model, info
 
 
+class RefusesFlashAttention:
+    """Put in front of a model's class: FlashAttention, the package's and the Hub's kernels, is refused by its name.
+
+    Before Transformers looks for the package, so that nobody installs it in vain.
+    """
+
+    _supports_flash_attn = False
+
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+        refuse_flash_attention(requested_attention)
+        return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        refuse_flash_attention(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+
+def refuse_flash_attention(name: str | None) -> None:
+    """Raises: ValueError if an attention implementation is some FlashAttention."""
+    if is_flash_attention_requested(requested_attention_implementation=name):
+        raise ValueError(
+            f"attn_implementation={name!r} is not supported by RoE-LLaVA: FlashAttention packs the rows of a batch "
+            "into one, where the rows of a mixed route cannot be told apart. Use 'sdpa' (the default, which runs "
+            "torch's own flash kernels where it can), 'flex_attention' or 'eager'"
+        )
+
+
 def source_config(source, kwargs: dict) -> dict:
     """What a checkpoint's own config.json says, whatever config the caller loads it with."""
     where = ("cache_dir", "revision", "token", "subfolder", "local_files_only", "proxies")
@@ -94,4 +122,11 @@ def register_names(head: type, base: type) -> None:
         register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping(source), overwrite=True)
 
 
-__all__ = ["AUTO_MAP", "RoeLoadingMixin", "is_roe_parameter", "register_names", "source_config"]
+__all__ = [
+    "AUTO_MAP",
+    "RefusesFlashAttention",
+    "RoeLoadingMixin",
+    "is_roe_parameter",
+    "register_names",
+    "source_config",
+]

@@ -34,7 +34,7 @@ from .cache_roe import LayerRows, RoeCache, adopt_cache
 from .configuration_roe import RoeLlavaConfig
 from .generation_roe import RoeGenerationMixin, check_one_prompt_per_row
 from .grafting_roe import RoeGraftingMixin
-from .loading_roe import register_names
+from .loading_roe import RefusesFlashAttention, register_names
 from .routing_roe import (
     Routing,
     RoutingPhase,
@@ -209,11 +209,9 @@ class RoeQwen2DecoderLayer(RoeDecoderLayer, Qwen2DecoderLayer):
     """A Qwen2 layer with a router and an adapter."""
 
 
-class RoeLanguageModel:
+class RoeLanguageModel(RefusesFlashAttention):
     """Put in front of a stock language model's class: RoE layers, routing tokens, and their place in a forward pass."""
 
-    _supports_flash_attn = False  # rows of a mixed route cannot be taken out of its varlen arguments yet
-    _supports_flex_attn = False  # likewise out of a block mask
     decoder_layer_class: type[RoeDecoderLayer]
 
     def __init__(self, config: PreTrainedConfig, adapter_size: int, routed_layers: list[int] | None = None):
@@ -307,12 +305,10 @@ def build_language_model(config: PreTrainedConfig) -> RoeLanguageModel:
     return LANGUAGE_MODELS[model_type](config.text_config, config.adapter_size, config.routed_layers)
 
 
-class RoeLlavaPreTrainedModel(LlavaPreTrainedModel):
+class RoeLlavaPreTrainedModel(RefusesFlashAttention, LlavaPreTrainedModel):
     """What both RoE classes share."""
 
     config: RoeLlavaConfig
-    _supports_flash_attn = False
-    _supports_flex_attn = False
     # Decisions are made in float32 whatever the model is loaded in.
     _keep_in_fp32_modules_strict = {"router", "routing_tokens"}
 

@@ -6,6 +6,8 @@ import pytest
 import tiny
 import torch
 from convert_helpers import make_base, train
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from transformers import CLIPImageProcessor
 
 from roe_llava import RoeLlavaProcessor
@@ -21,6 +23,15 @@ def seeded():
 def no_gradients():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(scope="session")
+def needs_cpp_compiler():
+    """Skips where Inductor would find no C++ compiler."""
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        pytest.skip(f"no C++ compiler for Inductor: {error}")
 
 
 EVERY_MODEL = [(family, attention) for family in tiny.FAMILIES for attention in ("sdpa", "eager")]

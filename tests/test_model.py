@@ -514,15 +514,6 @@ def test_an_unsupported_text_model_is_named():
         tiny.RoeLlavaForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize(
-    ("implementation", "name"), [("flash_attention_2", "Flash Attention 2"), ("flex_attention", "flex_attention")]
-)
-def test_flash_and_flex_attention_are_refused(implementation, name):
-    config = tiny.tiny_config()
-    with pytest.raises(ValueError, match=name):
-        tiny.RoeLlavaForConditionalGeneration._from_config(config, attn_implementation=implementation)
-
-
 def test_a_decoder_layer_without_routing_says_what_to_call(model):
     with pytest.raises(ValueError, match=r"routing.*RoeLlavaForConditionalGeneration"):
         layers_of(model)[0](torch.zeros(1, 2, tiny.HIDDEN))
