@@ -31,6 +31,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention_roe import RoutedAttentionConfig, RoutingAttention, attentions_of_all_rows, take_rows
 from .cache_roe import LayerRows, RoeCache, adopt_cache
+from .compile_roe import RoeCompileMixin, cache_of_layer, is_compiled
 from .configuration_roe import RoeLlavaConfig
 from .generation_roe import RoeGenerationMixin, check_one_prompt_per_row
 from .grafting_roe import RoeGraftingMixin
@@ -165,6 +166,8 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
 
     def full_path(self, tokens: Tensor, routing: Routing, kwargs: dict, kept: Tensor | None = None) -> Tensor:
         """The stock layer over ordinary and routing tokens of all or `kept` rows; routing tokens attend apart."""
+        if is_compiled(self.self_attn):
+            kwargs = kwargs | {"past_key_values": cache_of_layer(kwargs.get("past_key_values"), self.layer_idx)}
         if routing.states[self.layer_idx] is None:
             return super().forward(tokens, **kwargs)
         visible, positions = take_rows((routing.visible, routing.position_embeddings), kept, routing.visible.shape[0])
@@ -420,7 +423,7 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
 
 
 class RoeLlavaForConditionalGeneration(
-    RoeGenerationMixin, RoeGraftingMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration
+    RoeGenerationMixin, RoeGraftingMixin, RoeCompileMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration
 ):
     """LLaVA that decides per example which decoder layers to run.
 
