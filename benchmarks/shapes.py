@@ -26,7 +26,7 @@ BATCH_SIZES = (1, 2, 4, 8)
 WHOLE_GRID = dict.fromkeys(BATCH_SIZES, ALL_SHARES)
 SHORT_GRID = dict.fromkeys(BATCH_SIZES, (0.25,)) | {1: ALL_SHARES}  # all shares at batch 1, one at the others
 
-MEDIUM_ROUNDS = {1: 12, 2: 8, 4: 6, 8: 4}  # about half an hour on one core
+MEDIUM_ROUNDS = {1: 10, 2: 5, 4: 4, 8: 4}  # about half an hour on one core
 
 BEFORE_IMAGE = 5  # tokens of a random prompt that come before its image
 FIRST_WORD = 3  # token ids below are special ones
