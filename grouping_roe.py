@@ -20,7 +20,7 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_roe import RoeCache
-from .generation_roe import check_settings
+from .generation_roe import RoeGenerationMixin, check_settings
 
 # A prompt's own, which hold for it alone in place of the call's.
 ROUTING_ARGUMENTS = ("routes", "route_bias", "skip_ratio")
@@ -86,8 +86,8 @@ class PrefilledCache(RoeCache):
     next_logits: Tensor | None = None
 
 
-class RoeGroupingMixin:
-    """`group_by_route`, beside `generate`."""
+class RoeGroupingMixin(RoeGenerationMixin):
+    """`group_by_route`, on top of `generate`."""
 
     @torch.no_grad()
     def group_by_route(

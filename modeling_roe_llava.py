@@ -33,7 +33,7 @@ from .attention_roe import RoutedAttentionConfig, RoutingAttention, attentions_o
 from .cache_roe import LayerRows, RoeCache, adopt_cache
 from .compile_roe import RoeCompileMixin, cache_of_layer, is_compiled
 from .configuration_roe import RoeLlavaConfig
-from .generation_roe import RoeGenerationMixin, check_one_prompt_per_row
+from .generation_roe import check_one_prompt_per_row
 from .grafting_roe import RoeGraftingMixin
 from .grouping_roe import RoeGroupingMixin
 from .loading_roe import RefusesFlashAttention, register_names
@@ -424,12 +424,7 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
 
 
 class RoeLlavaForConditionalGeneration(
-    RoeGroupingMixin,
-    RoeGenerationMixin,
-    RoeGraftingMixin,
-    RoeCompileMixin,
-    RoeLlavaPreTrainedModel,
-    LlavaForConditionalGeneration,
+    RoeGroupingMixin, RoeGraftingMixin, RoeCompileMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration
 ):
     """LLaVA that decides per example which decoder layers to run.
 

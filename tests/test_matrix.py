@@ -361,6 +361,7 @@ def test_a_static_cache_is_not_compiled_on_any_device():
     config = CompileConfig()
     config._compile_all_devices = True
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     ours = model.generate(**inputs, **GREEDY, cache_implementation="static", compile_config=config)
     assert torch.equal(ours.sequences, model.generate(**inputs, **GREEDY).sequences)
     assert not torch._dynamo.utils.counters["frames"]
