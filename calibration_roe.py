@@ -215,10 +215,16 @@ def check_routers(model, table: SkipCalibration) -> None:
     if found is None:
         logger.warning_once("routers are offloaded or sharded: it is not checked that skip_calibration is theirs")
     elif found != table.routers:
+        kinds = {one.dtype for one in parameters} - {torch.float32}
+        rounded = (
+            f" They are in {kinds.pop()}: routers stay exact with from_pretrained(dtype=...), not with .to()."
+            if kinds
+            else ""
+        )
         raise ValueError(
             f"skip_calibration was made with routers of fingerprint {table.routers[:16]}, this model's have "
-            f"{found[:16]}: they were trained or replaced since, or routing_positions or routing_question was changed. "
-            f"Calibrate again: {HOW_TO}"
+            f"{found[:16]}: they were trained or replaced since, or routing_positions or routing_question was changed."
+            f"{rounded} Calibrate again: {HOW_TO}"
         )
     model._routers_calibrated = asked
 

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .cache_roe import RoeCache, adopt_cache
 from .calibration_roe import calibrated_bias
+from .routing_roe import as_numbers, checked_route_bias, checked_routes
 
 logger = logging.get_logger(__name__)
 
@@ -38,11 +39,13 @@ class RoeGenerationMixin:
         Raises: ValueError for what would change the answer in silence; the message says what to do instead.
         """
         if skip_ratio is not None:
+            if getattr(kwargs.get("past_key_values"), "routes", None) is not None:
+                raise ValueError("skip_ratio given with a cache that already has routes. Start from an empty cache")
             route_bias = bias_for_skip_ratio(self, skip_ratio, routes, route_bias)
         if routes is not None:
-            kwargs["routes"] = torch.as_tensor(routes)
+            kwargs["routes"] = as_numbers("routes", routes)
         if route_bias is not None:
-            route_bias = torch.as_tensor(route_bias)
+            route_bias = as_numbers("route_bias", route_bias)
             # A tensor is repeated per beam, as if its first size were the batch.
             kwargs["route_bias"] = route_bias if route_bias.dim() == 2 else route_bias.tolist()
         inputs = pad_on_the_left(inputs, kwargs)
@@ -60,12 +63,16 @@ class RoeGenerationMixin:
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # The one place that sees the whole prompt and nothing but the prompt: drafts and beams come later.
         cache = model_kwargs.get("past_key_values")
+        num_rows = (input_ids if input_ids is not None else model_kwargs["inputs_embeds"]).shape[0]
+        num_layers, bias = self.config.text_config.num_hidden_layers, model_kwargs.get("route_bias")
+        if bias is not None:
+            checked_route_bias(bias, num_rows, num_layers)
+        if isinstance(bias, Tensor):
+            model_kwargs["route_bias"] = bias.expand(num_rows, -1)
         if cache is not None and getattr(cache, "routes", None) is not None:
             model_kwargs.pop("routing_segments", None)  # a processor always sends them; this cache has its routes
         elif (routes := model_kwargs.get("routes")) is not None:
-            rows = input_ids if input_ids is not None else model_kwargs["inputs_embeds"]
-            shared = routes.dim() == 1 or routes.shape[0] == 1
-            model_kwargs["routes"] = routes.expand(rows.shape[0], -1) if shared else routes
+            model_kwargs["routes"] = checked_routes(routes, num_rows, num_layers)
         elif model_kwargs.get("routing_segments") is None:
             inputs_embeds, attention_mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
             model_kwargs["routing_segments"] = self.model.segments_of(input_ids, inputs_embeds, attention_mask)
@@ -126,11 +133,16 @@ def bias_for_skip_ratio(model, skip_ratio: float, routes, route_bias) -> float |
     """
     if routes is not None or route_bias is not None:
         raise ValueError("skip_ratio sets the route bias itself: give it without routes and route_bias")
+    if isinstance(skip_ratio, bool) or not isinstance(skip_ratio, (int, float)):
+        raise ValueError(f"skip_ratio must be a number in [0, 1], got {skip_ratio!r}")
     return math.inf if skip_ratio == 0.0 else calibrated_bias(model, float(skip_ratio))
 
 
 def check_settings(generation_config, device: torch.device) -> None:
     """Raises: ValueError for settings of `generate` that would change the answer in silence, or fail far from here."""
+    for name in (*ROUTING_ARGUMENTS, "skip_ratio"):
+        if getattr(generation_config, name, None) is not None:  # a GenerationConfig takes any name
+            raise ValueError(f"{name} in the generation config is read by nobody: give it to generate itself")
     if generation_config.prefill_chunk_size is not None:
         raise ValueError(
             "prefill_chunk_size is not supported: the route would be decided from the first chunk of the prompt. "
@@ -146,13 +158,17 @@ def check_settings(generation_config, device: torch.device) -> None:
         raise ValueError(f"cache_implementation={name!r} moves keys off a GPU and the model is on the CPU: unset it")
 
 
-def check_one_prompt_per_row(kwargs: dict) -> None:
-    """What packs several prompts into a row of one route: paged attention, flattened batches.
+def check_keywords(kwargs: dict) -> None:
+    """What a forward pass would ignore in silence, or take for one prompt: several packed into a row of one route.
 
     Args:
         kwargs: keywords of the language model, `position_ids` as the caller gave them.
-    Raises: ValueError if they hold such packing.
+    Raises: ValueError if they hold `skip_ratio`, or such packing (paged attention, flattened batches).
     """
+    if kwargs.get("skip_ratio") is not None:
+        raise ValueError(
+            "forward takes no skip_ratio: give it to generate, or calibrated_bias(model, ratio) as route_bias"
+        )
     names = ("cache", "read_index", "write_index", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "block_table")
     packed = [name for name in names if kwargs.get(name) is not None]
     positions = kwargs.get("position_ids")

@@ -330,6 +330,9 @@ def check_config(config: GenerationConfig) -> None:
 
 def check_sizes(batch_size: int, pool_size: int) -> None:
     """Raises: ValueError for a batch below 1, or a pool that holds no batch."""
+    for name, size in {"batch_size": batch_size, "pool_size": pool_size}.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ValueError(f"{name} must be a whole number, got {size!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if pool_size < batch_size:
@@ -338,7 +341,7 @@ def check_sizes(batch_size: int, pool_size: int) -> None:
 
 def check_prompts(prompts) -> None:
     """Raises: ValueError if something else than prompts is about to be iterated over."""
-    if isinstance(prompts, (Mapping, str, Tensor)):
+    if isinstance(prompts, (Mapping, str, Tensor)) or not isinstance(prompts, Iterable):
         raise ValueError(
             f"prompts must be a list or generator with one processor output per prompt, got a {type(prompts).__name__}"
         )

@@ -33,13 +33,14 @@ from .attention_roe import RoutedAttentionConfig, RoutingAttention, attentions_o
 from .cache_roe import LayerRows, RoeCache, adopt_cache
 from .compile_roe import RoeCompileMixin, cache_of_layer, is_compiled
 from .configuration_roe import RoeLlavaConfig
-from .generation_roe import check_one_prompt_per_row
+from .generation_roe import check_keywords
 from .grafting_roe import RoeGraftingMixin
 from .grouping_roe import RoeGroupingMixin
 from .loading_roe import RefusesFlashAttention, register_names
 from .routing_roe import (
     Routing,
     RoutingPhase,
+    check_request,
     checked_route_bias,
     checked_routes,
     default_segments,
@@ -238,7 +239,7 @@ class RoeLanguageModel(RefusesFlashAttention):
         """The stock forward, with the routing tokens' states and positions put where the layers find them."""
         if routing is None:
             raise ValueError("a RoE language model needs `routing`; call RoeLlavaForConditionalGeneration instead")
-        check_one_prompt_per_row(kwargs if routing.visible is not None else {**kwargs, "position_ids": None})
+        check_keywords(kwargs if routing.visible is not None else {**kwargs, "position_ids": None})
         cache, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if kwargs.get("position_ids") is None:  # the stock default, which the routing tokens' positions build on
             seen = cache.get_seq_length() if cache is not None else 0
@@ -382,6 +383,7 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
         if cache is not None and cache.routes is not None:
             routing.routes, routing.rows = cache.routes_for(tokens.shape[0])
             return
+        check_request(request)
         always_run = [i for i, layer in enumerate(self.language_model.layers) if layer.router is None]
         if request["routes"] is not None:
             routes = checked_routes(request["routes"], tokens.shape[0], routing.num_layers, always_run)

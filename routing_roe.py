@@ -116,12 +116,32 @@ def routing_position_ids(position_ids: Tensor, attention_mask: Tensor | None, nu
 # ----------------------------------------------------------------------------------------------- checked user options
 
 
-def checked_routes(routes, batch_size: int, num_layers: int, always_run: Sequence[int]) -> Tensor:
+def as_numbers(name: str, value, dtype: torch.dtype | None = None) -> Tensor:
+    """A routing argument as a tensor on the host: every look at it on a device would be a copy.
+
+    Raises: ValueError if it holds anything but numbers.
+    """
+    try:
+        numbers = torch.as_tensor(value, dtype=dtype, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must hold numbers, in rows of one length, got {value!r:.80}") from error
+    if numbers.is_complex():
+        raise ValueError(f"{name} must hold real numbers, got {value!r:.80}")
+    return numbers
+
+
+def check_request(request: dict) -> None:
+    """Raises: ValueError if a route is pinned and a decision shifted at once: no router would see the bias."""
+    if request["routes"] is not None and request["route_bias"] is not None:
+        raise ValueError("routes pins the route, so route_bias would do nothing: give one of them")
+
+
+def checked_routes(routes, batch_size: int, num_layers: int, always_run: Sequence[int] = ()) -> Tensor:
     """`routes=` as a (B, L) bool tensor on the host; one row of L values serves the whole batch.
 
     Raises: ValueError for another shape, values other than 0 and 1, or a skipped layer that has no adapter.
     """
-    routes = torch.as_tensor(routes, device="cpu")  # all at once: every look at it on a device would be a copy
+    routes = as_numbers("routes", routes)
     if routes.dtype != torch.bool:
         if not bool(((routes == 0) | (routes == 1)).all()):
             raise ValueError("routes must be bool (or 0 and 1): True where the layer runs; did you pass router logits?")
@@ -149,7 +169,7 @@ def checked_route_bias(
     """
     if route_bias is None:
         return [0.0] * num_layers
-    bias = torch.as_tensor(route_bias, dtype=torch.float32, device="cpu")  # as with routes
+    bias = as_numbers("route_bias", route_bias, torch.float32)
     if bias.shape not in ((), (num_layers,), (1, num_layers), (batch_size, num_layers)):
         raise ValueError(
             f"route_bias must be one number, one per decoder layer ({num_layers}), or one per example and layer "

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         report.report_all(RESULTS)
     else:
         report.draw(result, out.with_suffix(".png"))
-    print(f"wrote {out}")
+    print(f"wrote {out} and {out.with_suffix('.png').name}")
 
 
 def default_out(shape: str, compiled: bool) -> Path:

@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from . import grouping
 from .environment import ROOT
 from .systems import ALL_KEPT, BASE, CONTROL, FORCED, LEARNED, MIXED, PINNED, REMOVED, ROUTED_KINDS, SHARED
 from .timing import PARTS, ceiling
 
-README = "README.md"
+README, GROUPING = "README.md", "grouping.json"
 BEGIN, END = "<!-- bench: begin (made by report.py) -->", "<!-- bench: end -->"
 COLUMNS = (
     *("batch", "system", "routes", "skipped"),
@@ -87,7 +88,11 @@ def report_all(folder: Path, readme: Path = ROOT / "benchmarks" / README) -> Non
         raise ValueError(f"{folder} holds no result of `roe-llava bench`: run it first")
     for path, result in results.items():
         draw(result, path.with_suffix(".png"))
-    readme.write_text(readme_with(readme_text(results, readme.parent), readme.read_text()))
+    text = readme_text(results, readme.parent)
+    grouped = folder / GROUPING
+    if grouped.is_file():
+        text += "\n\n" + grouping_text(grouped, readme.parent)
+    readme.write_text(readme_with(text, readme.read_text()))
     print(f"wrote {readme} and {len(results)} plots in {folder}")
 
 
@@ -276,6 +281,14 @@ def readme_text(results: dict[Path, dict], folder: Path) -> str:
         parts.append(ceiling_text(result))
         parts.append(markdown_table(COLUMNS, rows_of(result), 4))
     return "\n\n".join(parts)
+
+
+def grouping_text(path: Path, folder: Path) -> str:
+    """Markdown of the result of `benchmarks/grouping.py`; `folder` is the README's, for links."""
+    result, name = json.loads(path.read_text()), link(path, folder)
+    about = f"{result['processor']}, torch threads: {result['threads']}, {result['dtype']}. `{result['command']}`"
+    tables = [grouping.table(shape, own) for shape, own in result["shapes"].items()]
+    return "\n\n".join(["### Many prompts", f"{about}, numbers: [`{name}`]({name}).", *tables])
 
 
 def link(path: Path, folder: Path) -> str:

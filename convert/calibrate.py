@@ -48,11 +48,13 @@ def read_rows(path: str | Path) -> list[dict]:
             rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable as {path.suffix or 'JSON'}: {error}") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "messages" in row for row in rows):
-        raise ValueError(
-            f'{path} holds {type(rows).__name__} {rows!s:.60}, expected rows like {{"messages": [...], "images": '
-            "[paths]}"
-        )
+    expected = 'expected rows like {"messages": [...], "images": [paths]}'
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path} holds {'no rows' if rows == [] else f'a {type(rows).__name__}'}, {expected}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+            known = f"has {', '.join(row)} and no list of messages" if isinstance(row, dict) else f"is {row!r:.60}"
+            raise ValueError(f"row {number} of {path} {known}, {expected}")
     return rows
 
 

@@ -227,6 +227,9 @@ def page() -> str:
         "a layer is taken from all rows of the first pass, so an answer may depend on its batch, as in stock LLaVA.",
         "`generate` does not compile with a static cache, as it would for stock LLaVA on a GPU.",
         "",
+        "Attention is sdpa here. Eager and flex attention give the same (`test_attention_kernels.py`), compiled",
+        "layers too (`test_compile.py`), and the batches that `group_by_route` makes (`test_grouping.py`).",
+        "",
         "On a GPU an offloaded cache is a `RoeCache` too;",
         "`test_matrix.py::test_an_offloaded_cache_equals_the_dynamic_one` runs where there is one.",
     ]
