@@ -522,7 +522,7 @@ def test_a_row_that_asks_nothing_is_named(word_processor, row, message):
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"messages": []}', '[{"text": "a"}]'])
 def test_a_file_without_chats_is_named(tmp_path, content):
     (tmp_path / "data.json").write_text(content)
-    with pytest.raises(ValueError, match=r"data.json (is not readable|holds)"):
+    with pytest.raises(ValueError, match=r"data.json (is not readable|holds|has text and no list of messages)"):
         command.read_rows(tmp_path / "data.json")
 
 
