@@ -88,11 +88,7 @@ def report_all(folder: Path, readme: Path = ROOT / "benchmarks" / README) -> Non
         raise ValueError(f"{folder} holds no result of `roe-llava bench`: run it first")
     for path, result in results.items():
         draw(result, path.with_suffix(".png"))
-    text = readme_text(results, readme.parent)
-    grouped = folder / GROUPING
-    if grouped.is_file():
-        text += "\n\n" + grouping_text(grouped, readme.parent)
-    readme.write_text(readme_with(text, readme.read_text()))
+    readme.write_text(readme_with(text_of_all(folder, readme.parent), readme.read_text()))
     print(f"wrote {readme} and {len(results)} plots in {folder}")
 
 
@@ -281,6 +277,13 @@ def readme_text(results: dict[Path, dict], folder: Path) -> str:
         parts.append(ceiling_text(result))
         parts.append(markdown_table(COLUMNS, rows_of(result), 4))
     return "\n\n".join(parts)
+
+
+def text_of_all(results: Path, folder: Path) -> str:
+    """Markdown of every result in a folder; `folder` is the README's, for links."""
+    grouped = results / GROUPING
+    parts = [readme_text(results_in(results), folder)]
+    return "\n\n".join(parts + ([grouping_text(grouped, folder)] if grouped.is_file() else []))
 
 
 def grouping_text(path: Path, folder: Path) -> str:

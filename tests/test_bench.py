@@ -375,7 +375,7 @@ def test_readme_equals_what_the_results_say():
     readme = bench.ROOT / "benchmarks" / "README.md"
     results = report.results_in(bench.RESULTS)
     assert all(path.with_suffix(".png").is_file() for path in results)
-    text = report.readme_text(results, readme.parent)
+    text = report.text_of_all(bench.RESULTS, readme.parent)
     assert report.readme_with(text, readme.read_text()) == readme.read_text(), "run: roe-llava bench --report"
 
 
