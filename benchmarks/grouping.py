@@ -3,7 +3,7 @@
     python -m roe_llava.benchmarks.grouping [--shape tiny cpu-medium] [--out JSON]
 
 Shapes: `tiny` is the shipped tiny model with held-out questions of its tiny world and the routes it has learned;
-`cpu-medium` has random weights (D 1024, 12 layers, FFN 2752) and routes forced by an infinite `route_bias`, some
+`cpu-medium` is the benchmark's model of that name (random weights) with routes forced by an infinite `route_bias`, some
 prompts to each of a few routes that skip the same number of layers. The three ways take turns in one process; every
 prompt writes the same number of tokens, and every way has to give every prompt the same ones.
 """
@@ -17,14 +17,13 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig
 
-from ..configuration_roe import RoeLlavaConfig
-from ..convert.output import write_json
+from ..convert.output import replace_json
 from ..examples.tiny_world.demo import SHIPPED
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from ..processing_roe import RoeLlavaProcessor
 from .environment import command_line, describe_machine
+from .shapes import cpu_medium_config
 from .timing import now
 
 RESULT = Path(__file__).parent / "results" / "grouping.json"
@@ -51,18 +50,7 @@ def tiny_shape(args: argparse.Namespace) -> tuple[RoeLlavaForConditionalGenerati
 def medium_shape(args: argparse.Namespace) -> tuple[RoeLlavaForConditionalGeneration, list[dict]]:
     """A model of random weights and prompts of random text, each with the `route_bias` that forces its route."""
     torch.manual_seed(args.seed)
-    text = LlamaConfig(
-        vocab_size=32064,
-        hidden_size=1024,
-        intermediate_size=2752,
-        num_hidden_layers=12,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        max_position_embeddings=4096,
-    )
-    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-    config = RoeLlavaConfig(text_config=text, vision_config=vision, image_token_index=32000, adapter_size=256)
-    model = RoeLlavaForConditionalGeneration(config).eval()
+    model = RoeLlavaForConditionalGeneration(cpu_medium_config()).eval()
     rng = random.Random(args.seed)
     shortest, longest = args.prompt_length
     # Layer 0 is kept: it cannot decide by the prompt.
@@ -228,6 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="what to run (both)")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument("--prompts", type=int, default=64, help="number of prompts (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per batch (%(default)s)")
     parser.add_argument("--pool-size", type=int, default=64, help="prompts routed ahead (%(default)s)")
@@ -244,6 +233,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.new_tokens < 2:
         parser.error(f"--new-tokens must be at least 2, got {args.new_tokens}: the first token belongs to the prefill")
+    if args.out.exists() and not args.overwrite:
+        parser.error(f"{args.out} exists: give another --out, or replace it (--overwrite)")
     torch.set_num_threads(args.threads)
     result = {"shapes": {}}
     for shape in args.shape:
@@ -253,7 +244,7 @@ def main() -> None:
     result |= describe_machine() | {"threads": args.threads, "dtype": "float32", "seed": args.seed}
     result["command"] = command_line("roe_llava.benchmarks.grouping")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, result)
+    replace_json(args.out, result)
     print(f"wrote {args.out}")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,12 +9,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from ..convert.output import replace_json
 from . import grouping
 from .environment import ROOT
 from .systems import ALL_KEPT, BASE, CONTROL, FORCED, LEARNED, MIXED, PINNED, REMOVED, ROUTED_KINDS, SHARED
 from .timing import PARTS, ceiling
 
-README, GROUPING = "README.md", "grouping.json"
+README, GROUPINGS = "README.md", "grouping*.json"
 BEGIN, END = "<!-- bench: begin (made by report.py) -->", "<!-- bench: end -->"
 COLUMNS = (
     *("batch", "system", "routes", "skipped"),
@@ -62,17 +62,7 @@ def save(result: dict, out: Path, overwrite: bool = False) -> None:
     """
     check_out(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
-        partial = Path(file.name)
-        try:
-            file.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            partial.chmod(0o644)
-            partial.replace(out)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    replace_json(out, result)
 
 
 def results_in(folder: Path) -> dict[Path, dict]:
@@ -281,9 +271,8 @@ def readme_text(results: dict[Path, dict], folder: Path) -> str:
 
 def text_of_all(results: Path, folder: Path) -> str:
     """Markdown of every result in a folder; `folder` is the README's, for links."""
-    grouped = results / GROUPING
-    parts = [readme_text(results_in(results), folder)]
-    return "\n\n".join(parts + ([grouping_text(grouped, folder)] if grouped.is_file() else []))
+    grouped = [grouping_text(path, folder) for path in sorted(results.glob(GROUPINGS))]
+    return "\n\n".join([readme_text(results_in(results), folder), *(["### Many prompts"] if grouped else []), *grouped])
 
 
 def grouping_text(path: Path, folder: Path) -> str:
@@ -291,7 +280,7 @@ def grouping_text(path: Path, folder: Path) -> str:
     result, name = json.loads(path.read_text()), link(path, folder)
     about = f"{result['processor']}, torch threads: {result['threads']}, {result['dtype']}. `{result['command']}`"
     tables = [grouping.table(shape, own) for shape, own in result["shapes"].items()]
-    return "\n\n".join(["### Many prompts", f"{about}, numbers: [`{name}`]({name}).", *tables])
+    return "\n\n".join([f"{about}, numbers: [`{name}`]({name}).", *tables])
 
 
 def link(path: Path, folder: Path) -> str:

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from ..processing_roe import RoeLlavaProcessor
 from ..training.calibration import LARGEST_ERROR, RATIOS, calibrate, checked_ratios
 from ..training.prompts import prompts_from
 from .folder_files import write_code
-from .output import check_apart, check_target, current_umask, flush, new_folder, write_json
+from .output import check_apart, check_target, new_folder, replace_json, write_json
 from .source import Source, blamed_on, read_json, resolve_source
 from .verify import checked_device, default_device
 
@@ -154,21 +153,6 @@ def store_table(where: Source, table: SkipCalibration, out: str | Path | None = 
         if path.name != ABOUT_NAME:
             write_code(folder)  # an older folder's own code does not know the table
     return Path(out) / path.name
-
-
-def replace_json(path: Path, content: dict) -> None:
-    """Write a JSON file anew: the old one is there until the new one is whole."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    try:
-        write_json(Path(name), content)
-        os.chmod(name, 0o666 & ~current_umask())  # mkstemp makes private files
-        flush(Path(name))
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    flush(path.parent)
 
 
 def has_old_code(path: Path) -> bool:

@@ -167,5 +167,24 @@ def flush_tree(folder: Path) -> None:
     flush(folder)
 
 
+def replace_json(path: Path, content: dict) -> None:
+    """Write a JSON file anew, whole or not at all: until the new one is on the disk the old one is there.
+
+    Raises: ValueError if the content holds NaN or infinity, which is no JSON.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o666 & ~current_umask())  # mkstemp makes private files
+        flush(Path(name))
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

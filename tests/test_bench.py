@@ -257,7 +257,6 @@ def test_compiling_needs_a_model_that_can(subject):
         measure.compile_layers(subject.base, [])
 
 
-@pytest.mark.skipif(not hasattr(RoeLlavaForConditionalGeneration, "compile_layers"), reason="no compile_layers here")
 def test_compiled_stock_layers_share_graphs_and_change_nothing(monkeypatch):
     compile_module = torch.nn.Module.compile
     # Graphs as for any backend, without waiting for a compiler.
@@ -377,6 +376,13 @@ def test_readme_equals_what_the_results_say():
     assert all(path.with_suffix(".png").is_file() for path in results)
     text = report.text_of_all(bench.RESULTS, readme.parent)
     assert report.readme_with(text, readme.read_text()) == readme.read_text(), "run: roe-llava bench --report"
+
+
+def test_the_readme_quotes_what_was_measured():
+    result = json.loads((bench.RESULTS / "cpu-medium.json").read_text())
+    quarter = report.find(result, 1, systems.FORCED, systems.SHARED, 0.25)
+    quoted = f"prefill {quarter['prefill']['ratio']:.2f}x and decoding {quarter['decode']['ratio']:.2f}x as fast"
+    assert quoted in (bench.ROOT / "README.md").read_text()
 
 
 def test_a_result_is_written_whole_or_not_at_all(result, tmp_path):

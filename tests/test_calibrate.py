@@ -215,6 +215,12 @@ def test_the_fingerprint_does_not_depend_on_the_dtype_of_the_base(tmp_path, cali
     assert router_fingerprint(half) == table_of(calibrated).routers
 
 
+def test_routers_that_were_rounded_are_told_from_trained_ones(calibrated):
+    cast = copy.deepcopy(calibrated).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"They are in torch.bfloat16: .*from_pretrained\(dtype=\.\.\.\), not with"):
+        cast.generate(**tiny.alone("text_only"), max_new_tokens=1, skip_ratio=0.3)
+
+
 def test_routers_that_are_not_in_memory_have_no_fingerprint(routed):
     tiny.layers_of(routed)[1].router.to("meta")
     assert router_fingerprint(routed) is None

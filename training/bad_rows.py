@@ -1,11 +1,10 @@
 """Rows of training data that cannot be used: which, why, and how many of each kind."""
 
-import json
-import os
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from ..convert.output import replace_json
 
 REASONS = {
     "not JSON": "a line of a .jsonl file that cannot be read",
@@ -117,14 +116,7 @@ class BadRows:
             "counts": self.counts,
             "bad_rows": [asdict(row) for row in self.rows],
         }
-        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=2, ensure_ascii=False)
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        replace_json(path, content)
         return path
 
 
