@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainingArguments
 from roe_llava import RoutingPhase
 from roe_llava.training.objective import Objective, published_loss, routing_information, skip_share
 from roe_llava.training.published import PublishedSchedule, published_recipe
-from roe_llava.training.schedule import StageSchedule, cosine_with_warmup
+from roe_llava.training.schedule import StageSchedule
 from roe_llava.training.trainer import RoeTrainer, group_of, parameter_groups
 
 RATES = {"adapter": 1e-2, "router": 1e-2, "routing_tokens": 1e-2}
@@ -52,12 +52,6 @@ def test_groups_start_to_learn_stage_by_stage():
         "routing_tokens": [False, True, True],
         "base": [False, False, True],
     }
-
-
-def test_the_rate_warms_up_and_falls_to_zero():
-    assert cosine_with_warmup(0.0) == 0.0
-    assert cosine_with_warmup(0.05) == 1.0
-    assert cosine_with_warmup(1.0) == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +297,8 @@ def test_the_published_recipe_runs_every_micro_batch_as_published(tmp_path):
         objective=recipe.objective,
         rates=recipe.rates,
         collate=recipe.collator(stack, model.config),
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
     )

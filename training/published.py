@@ -305,10 +305,6 @@ class PublishedSchedule:
         """As `StageSchedule.trains`: the base in stage 2, the rest always (in stage 0 routers have no gradient)."""
         return group != "base" or self.stage(progress) == 2
 
-    def rate_factor(self, group: str, step: int, steps: int) -> float:
-        """As `StageSchedule.rate_factor`."""
-        return published_cosine(step, steps) * self.trains(group, step / steps)
-
 
 def published_cosine(step: int, steps: int) -> float:
     """Learning rate multiplier: linear over ceil(5 %) of the optimizer steps, then half a cosine down to 0."""

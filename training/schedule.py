@@ -66,23 +66,5 @@ class StageSchedule:
         first = {"adapter": 0, "router": 1, "routing_tokens": 1, "base": 2}[group]
         return self.stage(progress) >= first
 
-    def rate_factor(self, group: str, step: int, steps: int) -> float:
-        """Learning rate of a group as a share of its peak: cosine with 5 % warm-up, 0 where it does not train.
 
-        Args:
-            group: name of the parameter group.
-            step: optimizer steps done.
-            steps: of the whole run.
-        """
-        progress = min(step / steps, 1.0)
-        return cosine_with_warmup(progress) * self.trains(group, progress)
-
-
-def cosine_with_warmup(progress: float, warmup: float = 0.05) -> float:
-    """Learning rate multiplier: linear warm-up over a share of the run, then half a cosine down to 0."""
-    if progress < warmup:
-        return progress / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / (1.0 - warmup)))
-
-
-__all__ = ["StageSchedule", "cosine_with_warmup"]
+__all__ = ["StageSchedule"]

@@ -1,39 +1,22 @@
 """The stock `Trainer` with RoE's loss, parameter groups by name, and stages that follow from the step alone."""
 
+import math
+
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, get_scheduler
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_optimizer import is_optimizer_factory
 
-from .objective import Objective, hard_skip_ratio
+from .meter import RoutingMeter
+from .objective import Objective
+from .parameter_groups import NO_DECAY, choose_trained, group_of, parameter_groups
 from .published import PublishedSchedule
 from .schedule import StageSchedule
+from .trained_weights import load_trained, save_trained
 
-GROUPS = ("adapter", "router", "routing_tokens", "base")
-
-
-def group_of(name: str) -> str:
-    """Parameter group a parameter belongs to, by its name."""
-    return next((group for group in GROUPS[:-1] if f".{group}." in name), "base")
-
-
-def parameter_groups(model, rates: dict[str, float]) -> list[dict]:
-    """One optimizer group per name in `rates`; groups left out, and the vision tower, are frozen.
-
-    Args:
-        model: a RoE-LLaVA; `requires_grad` of its parameters is set.
-        rates: learning rate per group, e.g. {"adapter": 4e-4, "router": 4e-4, "routing_tokens": 4e-4}.
-    Raises: ValueError for an unknown group name.
-    """
-    unknown = set(rates) - set(GROUPS)
-    if unknown:
-        raise ValueError(f"unknown parameter groups {sorted(unknown)}, expected some of {GROUPS}")
-    members = {group: [] for group in rates}
-    for name, parameter in model.named_parameters():
-        group = group_of(name)
-        parameter.requires_grad_(group in rates and "vision_tower" not in name)
-        if parameter.requires_grad:
-            members[group].append(parameter)
-    return [{"name": group, "params": members[group], "lr": rates[group], "weight_decay": 0.0} for group in rates]
+# What optimizers that do their own grouping, or keep their own rates, leave in their arguments.
+OWN_GROUPS = {"params", "model", "optimizer_dict"}
 
 
 class RoutingScheduleCallback(TrainerCallback):
@@ -57,11 +40,16 @@ class RoutingScheduleCallback(TrainerCallback):
 class RoeTrainer(Trainer):
     """`Trainer` for RoE: `RoeTrainer(model, schedule=..., objective=..., rates=..., args=..., train_dataset=..., ...)`.
 
+    `args` are honoured or refused: optimizer, scheduler, warm-up and weight decay are Trainer's own (norms, biases and
+    routing tokens do not decay); the stage only switches a group's rate off and on.
+
     Args:
         schedule: stages of the run; `PublishedSchedule` for those of the published code.
         objective: loss of a step.
-        rates: learning rate per parameter group; see `parameter_groups`.
-        Others: as in `Trainer`. The scheduler is cosine with 5 % warm-up, switched per group by the stage.
+        rates: learning rate per parameter group, `None` for `args.learning_rate`; groups left out are frozen.
+        trained_only: checkpoints hold what learns and not the frozen rest, which the model has already.
+        Others: as in `Trainer`.
+    Raises: ValueError for arguments that would do nothing or something wrong here.
     """
 
     def __init__(
@@ -70,62 +58,151 @@ class RoeTrainer(Trainer):
         *,
         schedule: StageSchedule | PublishedSchedule,
         objective: Objective,
-        rates: dict[str, float],
+        rates: dict[str, float | None],
+        trained_only: bool = False,
         **kwargs,
     ):
-        self.schedule, self.objective = schedule, objective
-        self.groups = parameter_groups(model, rates)
-        self._decisions: list[tuple[float, float]] = []  # (hard skip ratio, skip weight) since the last log
+        self.schedule, self.objective, self.rates, self.trained_only = schedule, objective, rates, trained_only
+        self.meter, self.eval_meter = RoutingMeter(), RoutingMeter()
+        choose_trained(model, rates)
         super().__init__(model=model, **kwargs)
+        check_arguments(self.args)
         self.add_callback(RoutingScheduleCallback(schedule))
         self.model_accepts_loss_kwargs = False  # a mean over examples: accumulation steps have to be divided by
 
+    # ---------------------------------------- optimizer, rates
+
     def create_optimizer(self, model=None):
-        """AdamW over the named groups."""
+        """The optimizer that `args.optim` names, over the named groups.
+
+        Raises: ValueError for one that forms its own groups.
+        """
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(
-                self.groups, betas=(self.args.adam_beta1, self.args.adam_beta2), eps=self.args.adam_epsilon
-            )
-        return self.optimizer
+            model = self.model if model is None else model
+            rates = {group: self.args.learning_rate if rate is None else rate for group, rate in self.rates.items()}
+            groups = parameter_groups(model, rates, self.args.weight_decay)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if is_optimizer_factory(kind) or OWN_GROUPS & options.keys() or "schedule_free" in str(self.args.optim):
+                raise ValueError(
+                    f"optim {str(self.args.optim)!r} forms its own parameter groups or learning rates, which the "
+                    "stages of RoE switch: take another one, such as adamw_torch, adamw_bnb_8bit or adafactor"
+                )
+            self.optimizer_cls_and_kwargs = kind, {**options, "params": groups}
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """The schedule's share of every group's rate."""
+        """`args.lr_scheduler_type` with its warm-up, times 0 where a stage does not train a group.
+
+        Raises: ValueError for a scheduler that is no function of the step, or not the published one.
+        """
         if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            factor = self.rate_factor(num_training_steps)
 
             def factor_of(group):
-                return lambda step: self.schedule.rate_factor(group, step, num_training_steps)
+                group = group.removesuffix(NO_DECAY)
+                stage_group = "base" if group == "lora" else group  # LoRA is how the base learns
+                return lambda step: (
+                    factor(step) * self.schedule.trains(stage_group, min(step / num_training_steps, 1.0))
+                )
 
-            optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = LambdaLR(optimizer, [factor_of(group["name"]) for group in self.groups])
+            self.lr_scheduler = LambdaLR(optimizer, [factor_of(group["name"]) for group in optimizer.param_groups])
+            self._created_lr_scheduler = True  # has the stock Trainer make a new one when `train` is called again
         return self.lr_scheduler
+
+    def rate_factor(self, num_training_steps: int):
+        """The scheduler's share of the peak rate as a function of the step."""
+        name, warmup = self.args.lr_scheduler_type, self.args.get_warmup_steps(num_training_steps)
+        published = isinstance(self.schedule, PublishedSchedule)
+        if published and (name != "cosine" or warmup != math.ceil(0.05 * num_training_steps)):
+            raise ValueError(
+                "the published schedule has lr_scheduler_type='cosine' and warmup_steps=0.05 (5 %), got "
+                f"{str(getattr(name, 'value', name))!r} with {warmup} of {num_training_steps} steps"
+            )
+        plain = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        stock = get_scheduler(
+            name, plain, warmup, num_training_steps, scheduler_specific_kwargs=self.args.lr_scheduler_kwargs
+        )
+        if not isinstance(stock, LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type {str(getattr(name, 'value', name))!r} is not a function of the step, which stages "
+                "can switch: take another one, such as linear, cosine or constant_with_warmup"
+            )
+        return stock.lr_lambdas[0]
+
+    # ---------------------------------------- loss, logs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective on the model's outputs; the model itself gets no labels and computes no loss."""
         labels = inputs.pop("labels")
-        outputs = model(**inputs)
+        is_training = model.training
+        outputs = model(**inputs) if is_training else model(**inputs, use_cache=False)
         progress = self.state.global_step / max(self.state.max_steps, 1)
         loss = self.objective.loss(outputs, labels, self.schedule.stage(progress))
-        if outputs.turn_skip_weights is not None and outputs.turn_router_logits is not None:
-            weight = outputs.turn_skip_weights[outputs.turn_mask].mean().item()
-            self._decisions.append((hard_skip_ratio(outputs), weight))
+        (self.meter if is_training else self.eval_meter).add(outputs, labels, loss)
         return (loss, outputs) if return_outputs else loss
 
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in `Trainer`, under hard routing; its skip ratio is among the metrics."""
+        self.eval_meter = RoutingMeter()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        found = self.eval_meter.take(self.accelerator)
+        measured = {name: value for name, value in found.items() if name == "hard_skip_ratio" or "skip/" in name}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        return output
+
     def log(self, logs: dict, *args, **kwargs):
-        """Adds the routers' skip ratio (what inference would do) and the mean skip weight since the last log."""
-        if self._decisions and "loss" in logs:
-            hard, soft = (sum(column) / len(column) for column in zip(*self._decisions, strict=True))
-            logs |= {"hard_skip_ratio": round(hard, 4), "skip_weight": round(soft, 4)}
-            self._decisions.clear()
+        """Adds what `RoutingMeter` saw since the last log, the stage, and every group's learning rate."""
+        if "loss" in logs:
+            progress = max(self.state.global_step - 1, 0) / max(self.state.max_steps, 1)  # of the step just done
+            phase = self.schedule.phase(progress)
+            logs |= self.meter.take(self.accelerator)
+            logs |= {"stage": int(self.schedule.stage(progress)), "keep_bias": phase.keep_bias}
+            logs["temperature"] = phase.temperature
+            if self.optimizer is not None:
+                rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+                logs |= {f"learning_rate/{name}": rate for name, rate in rates.items() if not name.endswith(NO_DECAY)}
         super().log(logs, *args, **kwargs)
 
+    # ---------------------------------------- checkpoints
+
+    def _save(self, output_dir=None, state_dict=None):
+        if not self.trained_only:
+            return super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = self.args.output_dir if output_dir is None else output_dir
+            save_trained(self.accelerator.unwrap_model(self.model), folder, state_dict)
+            torch.save(self.args, f"{folder}/{TRAINING_ARGS_NAME}")
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled:  # sharded, in a format of its own
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         # The stock method reads hub names with a plain load_state_dict and restores nothing of a LLaVA.
         model = self.model if model is None else model
-        saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config)
-        model.load_state_dict(saved.state_dict())
+        if self.trained_only:
+            load_trained(model, resume_from_checkpoint)
+        else:
+            saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config)
+            model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self):
-        self._load_from_checkpoint(self.state.best_model_checkpoint)  # the stock method fails alike
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)  # the stock method fails alike
 
 
-__all__ = ["RoeTrainer", "RoutingScheduleCallback", "parameter_groups"]
+def check_arguments(args) -> None:
+    """Raises: ValueError for training arguments that would do nothing, or something wrong, under RoE's loss."""
+    if args.label_smoothing_factor:
+        raise ValueError(f"label_smoothing_factor {args.label_smoothing_factor} is not part of RoE's loss: leave it 0")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process mean nn.DataParallel, which cannot carry routes: start with "
+            "`accelerate launch`, or name one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.use_liger_kernel:
+        raise ValueError("use_liger_kernel replaces the forward pass whose logits RoE's loss needs: leave it out")
+
+
+__all__ = ["RoeTrainer", "RoutingScheduleCallback", "group_of", "parameter_groups"]

@@ -88,6 +88,8 @@ def train(model, processor, schedule: StageSchedule, objective: Objective, args,
         save_strategy="no",
         report_to=[],
         remove_unused_columns=False,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,  # of the run
         seed=args.seed,
     )
     trainer = RoeTrainer(
