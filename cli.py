@@ -1,7 +1,7 @@
 """`roe-llava`: the commands.
 
 A command is a module with `add_arguments(parser)` and `run(args)`. It is imported when its command is asked for, so
-that help comes at once.
+that help comes at once. One without `add_arguments` reads the words behind its name itself (`args.rest`).
 """
 
 import argparse
@@ -17,6 +17,7 @@ COMMANDS = {
     "import-reference": ("convert.import_reference", "turn a checkpoint of the published RoE code into ours"),
     "export-reference": ("convert.export_reference", "turn a RoE checkpoint into the layout of the published code"),
     "graft": ("convert.graft", "put trained routing parts onto a LLaVA checkpoint"),
+    "train": ("training.train", "train routing parts on your own data, by a recipe"),
     "verify": ("convert.verify", "check on real weights that routing changes nothing it should not, and what it saves"),
 }
 
@@ -26,12 +27,20 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="roe-llava", description="Routing Experts (RoE) for LLaVA.")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        module = importlib.import_module(f".{module}", __package__) if name == chosen else None
+        reads_itself = module is not None and not hasattr(module, "add_arguments")
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            add_help=not reads_itself,
+            allow_abbrev=not reads_itself,
+        )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if name == chosen:
-            module = importlib.import_module(f".{module}", __package__)
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
+        if module is not None:
+            if not reads_itself:
+                module.add_arguments(command)
+            command.set_defaults(run=module.run, reads_itself=reads_itself)
     return parser
 
 
@@ -41,7 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     Returns: exit status: 0, or what the command returns, or 2 for wrong arguments and input.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser(next((word for word in argv if not word.startswith("-")), None)).parse_args(argv)
+    parser = build_parser(next((word for word in argv if not word.startswith("-")), None))
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and not args.reads_itself:
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         return args.run(args) or 0
     except (ValueError, OSError) as error:
