@@ -209,14 +209,16 @@ class RoutingPhase:
     """How layers are chosen while training; a schedule replaces it as the run advances.
 
     Attributes:
-        mode: `"random"` (hard decisions from uniform draws; routers get no gradient), `"soft"` (softmax mixture) or
-            `"hard"` (argmax forward, softmax gradient: straight-through).
+        mode: `"random"` (hard decisions from uniform draws; routers get no gradient), `"soft"` (softmax mixture),
+            `"hard"` (argmax forward, softmax gradient: straight-through) or `"given"` (decisions of `routes`; routers
+            answer, but nothing hangs on it).
         temperature: divides the logits, > 0; not read by `"random"`.
         keep_bias: added to the keep logit or draw. 1 - sqrt(2 r) makes `"random"` skip a share r.
         gumbel: add Gumbel noise to the logits of `"hard"`.
         draws: where `"random"` and `gumbel` get random numbers: called with a layer's index and its (B, T, 2) logits,
             returns that shape, uniform in [0, 1); e.g. `SeededDraws(0)`. Has to answer the same when gradient
             checkpointing asks again. `None`: torch's global generator.
+        routes: of `"given"`: (B, T, L) bool, True where a turn runs the layer.
     """
 
     mode: str = "soft"
@@ -224,10 +226,11 @@ class RoutingPhase:
     keep_bias: float = 0.0
     gumbel: bool = False
     draws: Callable[[int, Tensor], Tensor] | None = None
+    routes: Tensor | None = None
 
     def __post_init__(self):
-        if self.mode not in ("random", "soft", "hard"):
-            raise ValueError(f"mode must be 'random', 'soft' or 'hard', got {self.mode!r}")
+        if self.mode not in ("random", "soft", "hard", "given"):
+            raise ValueError(f"mode must be 'random', 'soft', 'hard' or 'given', got {self.mode!r}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
 
@@ -260,6 +263,8 @@ def path_weights(logits: Tensor, turn_mask: Tensor, phase: RoutingPhase, layer: 
         layer: index of the layer, for `phase.draws`.
     Returns: (B, 1 + T, 2) weights that sum to 1; row 0 is the context.
     """
+    if phase.mode == "given":
+        return given_weights(logits, turn_mask, phase, layer)
     scores = uniform_draws(layer, logits, phase) if phase.mode == "random" else logits
     if phase.mode == "hard" and phase.gumbel:
         # -log of a uniform number is exponential; torch's own never is 0.
@@ -275,6 +280,23 @@ def path_weights(logits: Tensor, turn_mask: Tensor, phase: RoutingPhase, layer: 
         return weights
     hard = nn.functional.one_hot((weights[..., 1] >= weights[..., 0]).long(), 2).to(weights.dtype)
     return hard + (weights - weights.detach())  # the bracket is exactly 0: one-hot without rounding
+
+
+def given_weights(logits: Tensor, turn_mask: Tensor, phase: RoutingPhase, layer: int) -> Tensor:
+    """`path_weights` of `phase.routes`; the context keeps the layer where at least half of the turns do.
+
+    Raises: ValueError if there are no routes, or not one for every turn of the batch.
+    """
+    shape = None if phase.routes is None else tuple(phase.routes.shape)
+    if shape is None or len(shape) != 3 or shape[:2] != tuple(logits.shape[:2]) or layer >= shape[2]:
+        raise ValueError(
+            f"mode 'given' needs routes of shape (B, T, L) = ({logits.shape[0]}, {logits.shape[1]}, more than {layer}),"
+            f" got {shape}; were they made for another batch?"
+        )
+    keep, valid = phase.routes[..., layer].to(logits), turn_mask.to(logits)
+    context = ((keep * valid).sum(dim=1, keepdim=True) >= valid.sum(dim=1, keepdim=True) / 2).to(keep)
+    keep = torch.cat([context, keep], dim=1)
+    return torch.stack([keep, 1 - keep], dim=-1)
 
 
 def token_loss_per_example(logits: Tensor, labels: Tensor) -> Tensor:

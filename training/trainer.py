@@ -1,18 +1,22 @@
 """The stock `Trainer` with RoE's loss, parameter groups by name, and stages that follow from the step alone."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.trainer_utils import has_length
 
+from ..routing_roe import RoutingPhase
 from .meter import RoutingMeter
 from .objective import Objective
 from .parameter_groups import NO_DECAY, choose_trained, group_of, parameter_groups
 from .published import PublishedSchedule
 from .schedule import StageSchedule
+from .teacher import TAUGHT, RouteTeacher, TaughtObjective, TaughtSchedule
 from .trained_weights import load_trained, save_trained
 
 # What optimizers that do their own grouping, or keep their own rates, leave in their arguments.
@@ -47,6 +51,7 @@ class RoeTrainer(Trainer):
         schedule: stages of the run; `PublishedSchedule` for those of the published code.
         objective: loss of a step.
         rates: learning rate per parameter group, `None` for `args.learning_rate`; groups left out are frozen.
+        teacher: gives the routes while a `TaughtSchedule` teaches.
         trained_only: checkpoints hold what learns and not the frozen rest, which the model has already.
         Others: as in `Trainer`.
     Raises: ValueError for arguments that would do nothing or something wrong here.
@@ -56,13 +61,17 @@ class RoeTrainer(Trainer):
         self,
         model,
         *,
-        schedule: StageSchedule | PublishedSchedule,
-        objective: Objective,
+        schedule: StageSchedule | PublishedSchedule | TaughtSchedule,
+        objective: Objective | TaughtObjective,
         rates: dict[str, float | None],
         trained_only: bool = False,
+        teacher: RouteTeacher | None = None,
         **kwargs,
     ):
         self.schedule, self.objective, self.rates, self.trained_only = schedule, objective, rates, trained_only
+        self.teacher = teacher
+        if (teacher is not None) != isinstance(schedule, TaughtSchedule):
+            raise ValueError("a TaughtSchedule needs a teacher, and no other schedule has use for one")
         self.meter, self.eval_meter = RoutingMeter(), RoutingMeter()
         choose_trained(model, rates)
         super().__init__(model=model, **kwargs)
@@ -134,13 +143,35 @@ class RoeTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective on the model's outputs; the model itself gets no labels and computes no loss."""
-        labels = inputs.pop("labels")
         is_training = model.training
+        stage = self.schedule.stage(self.state.global_step / max(self.state.max_steps, 1))
+        if is_training and self.teacher is not None and stage == TAUGHT:
+            self.give_routes(inputs)
+        labels = inputs.pop("labels")
         outputs = model(**inputs) if is_training else model(**inputs, use_cache=False)
-        progress = self.state.global_step / max(self.state.max_steps, 1)
-        loss = self.objective.loss(outputs, labels, self.schedule.stage(progress))
+        loss = self.objective.loss(outputs, labels, stage)
         (self.meter if is_training else self.eval_meter).add(outputs, labels, loss)
         return (loss, outputs) if return_outputs else loss
+
+    def give_routes(self, inputs: dict) -> None:
+        """Set the teacher's routes for a batch; the first time, they are searched on a sample of the training data."""
+        if not self.teacher.is_ready:
+            self.teacher.search(self.model, self.search_batches())
+        self.model.model.routing_phase = RoutingPhase("given", routes=self.teacher.teach(self.model, inputs))
+
+    def search_batches(self) -> list[dict]:
+        """This process's part of the examples that routes are searched on, spread evenly over the training data.
+
+        Raises: ValueError for a dataset without a length.
+        """
+        if not has_length(self.train_dataset):
+            raise ValueError("routes are searched on examples spread over the data: the dataset needs a length")
+        size, number = len(self.train_dataset), self.teacher.teaching.searched_examples
+        indices = sorted({index * size // number for index in range(number)})
+        own = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        step = self.args.per_device_train_batch_size
+        examples = [[self.train_dataset[i] for i in own[start : start + step]] for start in range(0, len(own), step)]
+        return [self._prepare_inputs(self.data_collator(part)) for part in examples]
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """As in `Trainer`, under hard routing; its skip ratio is among the metrics."""
@@ -167,6 +198,9 @@ class RoeTrainer(Trainer):
     # ---------------------------------------- checkpoints
 
     def _save(self, output_dir=None, state_dict=None):
+        if self.teacher is not None and self.args.should_save:
+            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            self.teacher.save(output_dir or self.args.output_dir)
         if not self.trained_only:
             return super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -175,6 +209,8 @@ class RoeTrainer(Trainer):
             torch.save(self.args, f"{folder}/{TRAINING_ARGS_NAME}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.teacher is not None:
+            self.teacher.load(resume_from_checkpoint)
         if self.is_fsdp_enabled:  # sharded, in a format of its own
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         # The stock method reads hub names with a plain load_state_dict and restores nothing of a LLaVA.

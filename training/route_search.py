@@ -1,0 +1,111 @@
+"""Finds routes worth teaching: measures many on some examples and picks a few that serve them best under a budget.
+
+N examples (or turns), P measured routes, M chosen ones, L decoder layers. Losses are in nats.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOST_SKIPPED = 0.65  # share of the layers that a candidate skips at most
+BISECTIONS = 40
+
+
+@dataclass(frozen=True)
+class RoutePool:
+    """Routes that were measured.
+
+    Attributes:
+        routes: (P, L) bool, True where the layer runs; the first one runs all.
+        losses: (N, P) loss of every example along every route.
+    """
+
+    routes: Tensor
+    losses: Tensor
+
+    @property
+    def skip_ratio(self) -> Tensor:
+        """(P,) share of the layers a route skips."""
+        return 1 - self.routes.float().mean(dim=1)
+
+
+def search_routes(
+    measure: Callable[[Tensor], Tensor], num_layers: int, routed_layers: Sequence[int], size: int, seed: int = 0
+) -> RoutePool:
+    """Measures every layer's absence, then routes one or two layers away from what is best for some example.
+
+    Which routes are tried follows from the losses and the seed alone, so all processes of a run try the same ones.
+
+    Args:
+        measure: route (L,) bool to losses (N,); bounded, or one lost example outweighs all others.
+        routed_layers: layers that may be skipped.
+        size: routes to measure; fewer if there are no more.
+    """
+    rng = random.Random(seed)
+    most = max(1, int(MOST_SKIPPED * num_layers))
+    possible = sum(math.comb(len(routed_layers), number) for number in range(most + 1))
+    found: dict[tuple[bool, ...], Tensor] = {}
+
+    def try_route(skipped: frozenset[int]) -> None:
+        route = tuple(layer not in skipped for layer in range(num_layers))
+        if len(skipped) <= most and route not in found:
+            found[route] = measure(torch.tensor(route)).float().cpu()
+
+    try_route(frozenset())
+    for layer in routed_layers:
+        try_route(frozenset([layer]))
+    while len(found) < min(size, possible):
+        pool = RoutePool(torch.tensor([*found]), torch.stack([*found.values()], dim=1))
+        skipped = {layer for layer in range(num_layers) if not promising_route(pool, rng)[layer]}
+        try_route(frozenset(skipped.symmetric_difference(rng.choices(routed_layers, k=rng.choice((1, 1, 2))))))
+    return RoutePool(torch.tensor([*found]), torch.stack([*found.values()], dim=1))
+
+
+def promising_route(pool: RoutePool, rng: random.Random) -> list[bool]:
+    """The best measured route for one example and a few beside it, at a price drawn at random."""
+    number = len(pool.losses)
+    price = 10 ** rng.uniform(-1.5, 1.0)
+    one, beside = rng.randrange(number), rng.sample(range(number), min(8, number))
+    losses = (pool.losses[one] + pool.losses[beside].mean(dim=0)) / 2
+    return pool.routes[(losses - price * pool.skip_ratio).argmin()].tolist()
+
+
+def choose_routes(pool: RoutePool, expected: Tensor, target_skip_ratio: float, number: int) -> Tensor:
+    """The routes (M, L) that together serve the examples best: the one that runs all, and greedily the next best.
+
+    Args:
+        expected: (N, P) loss to be expected, not the one measured: the best of many measured losses is best by luck.
+        target_skip_ratio: share to skip in the mean over the examples, each on its best route.
+        number: M, at most P.
+    """
+    skip = pool.skip_ratio
+
+    def chosen_at(price: float) -> tuple[list[int], float]:
+        costs = expected - price * skip
+        chosen, best = [0], costs[:, 0]
+        while len(chosen) < min(number, costs.shape[1]):
+            gains = (best[:, None] - costs).clamp(min=0).mean(dim=0)
+            if gains.max() <= 0:
+                break
+            chosen.append(int(gains.argmax()))
+            best = torch.minimum(best, costs[:, chosen[-1]])
+        return chosen, skip[chosen][costs[:, chosen].argmin(dim=1)].mean().item()
+
+    price = price_of(lambda price: chosen_at(price)[1], target_skip_ratio)
+    return pool.routes[chosen_at(price)[0]]
+
+
+def price_of(skip_at: Callable[[float], float], target_skip_ratio: float) -> float:
+    """The reward in nats for skipping everything at which just the target is skipped; `skip_at` grows with it."""
+    low, high = -10.0, 10.0  # a negative reward holds back routes that are better although they skip
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if skip_at(middle) < target_skip_ratio else (low, middle)
+    return high
+
+
+__all__ = ["RoutePool", "choose_routes", "price_of", "search_routes"]

@@ -1,0 +1,292 @@
+"""Routers taught by measured losses: search routes, predict what each question would lose along them, show the best.
+
+A router that only feels the gradient of its own decisions settles on one route for all before it has seen what the
+others are worth. So for a part of the run routes are given (`RoutingPhase("given")`), the adapters learn along them,
+and the routers learn to give them themselves; then they decide alone. After Dr.LLM, which searches routes of text
+models per example; here a route is shown for what a question can be expected to lose on it, not for what one answer
+happened to lose, and a price per skipped layer, the same for all questions, meets the budget in the mean.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..routing_roe import RoutingPhase, token_loss_per_example, turns_of_tokens
+from .objective import mean_over_labelled
+from .route_search import choose_routes, search_routes
+from .route_values import Reading, RouteValues, expected_losses, question_features
+
+RANDOM, TAUGHT, OWN = range(3)
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How routes are found and shown.
+
+    Attributes:
+        num_routes: routes to choose from, the one that runs all layers among them.
+        searched_routes: routes that the search measures.
+        searched_examples: training examples that it measures them on.
+        measured_routes: routes along which every batch is run once more, without gradients, to learn their losses:
+            each costs a forward pass.
+        max_loss: nats; losses above count as this.
+        refit_every: batches between two fits of the predicted losses.
+        imitation_weight: of the routers' cross entropy towards the shown decisions, mean over layers.
+    """
+
+    num_routes: int = 8
+    searched_routes: int = 96
+    searched_examples: int = 240
+    measured_routes: int = 1
+    max_loss: float = 3.0
+    refit_every: int = 10
+    imitation_weight: float = 1.0
+
+    def __post_init__(self):
+        for name in ("num_routes", "searched_routes", "searched_examples", "measured_routes", "refit_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.measured_routes > self.num_routes:
+            raise ValueError(f"measured_routes {self.measured_routes} is more than num_routes {self.num_routes}")
+        if not self.max_loss > 0:
+            raise ValueError(f"max_loss must be positive, got {self.max_loss}")
+
+
+@dataclass(frozen=True)
+class TaughtSchedule:
+    """Stages of taught routers: random warm-up of the adapters, given routes, the routers' own.
+
+    Attributes:
+        target_skip_ratio: r, in (0, 0.5].
+        warmup_end: progress at which routes are searched and teaching begins.
+        taught_end: progress from which routers decide alone and no longer learn.
+    """
+
+    target_skip_ratio: float = 0.3
+    warmup_end: float = 0.3
+    taught_end: float = 0.7
+
+    counts_micro_batches = False
+
+    def __post_init__(self):
+        if not 0.0 < self.target_skip_ratio <= 0.5:
+            raise ValueError(f"target_skip_ratio must lie in (0, 0.5], got {self.target_skip_ratio}")
+        if not 0.0 <= self.warmup_end < self.taught_end <= 1.0:
+            raise ValueError(f"stages must be ordered: warmup_end {self.warmup_end}, taught_end {self.taught_end}")
+
+    def stage(self, progress: float) -> int:
+        """0 random, 1 taught, 2 the routers' own decisions."""
+        return (progress >= self.warmup_end) + (progress >= self.taught_end)
+
+    def phase(self, progress: float) -> RoutingPhase:
+        """How layers are chosen at this progress; while taught, the trainer fills in the batch's routes."""
+        stage = self.stage(progress)
+        if stage == RANDOM:
+            return RoutingPhase("random", keep_bias=1.0 - (2.0 * self.target_skip_ratio) ** 0.5)
+        return RoutingPhase("given") if stage == TAUGHT else RoutingPhase("hard")
+
+    def trains(self, group: str, progress: float) -> bool:
+        """Adapters always learn, routers and routing tokens while they are taught, the base at the end."""
+        stages = {"adapter": {RANDOM, TAUGHT, OWN}, "router": {TAUGHT}, "routing_tokens": {TAUGHT}, "base": {OWN}}
+        return self.stage(progress) in stages[group]
+
+
+@dataclass(frozen=True)
+class TaughtObjective:
+    """Token loss along the routes that are taken, and while routes are given, the routers' imitation of them.
+
+    Attributes:
+        imitation_weight: of the cross entropy between the routers' decisions and those given, mean over layers.
+    """
+
+    imitation_weight: float = 1.0
+
+    def loss(self, outputs, labels: Tensor, stage: int) -> Tensor:
+        """Scalar loss of a batch; arguments as in `Objective.loss`."""
+        loss = mean_over_labelled(token_loss_per_example(outputs.logits, labels), labels)
+        if stage != TAUGHT or outputs.turn_router_logits is None:
+            return loss
+        logits, mask = outputs.turn_router_logits, outputs.turn_mask
+        decides = logits[0, 0, :, 0].isfinite()  # layers that have a router
+        margin = (logits[..., 0] - logits[..., 1])[mask][:, decides]
+        kept = 1 - outputs.turn_skip_weights[mask][:, decides]
+        return loss + self.imitation_weight * nn.functional.binary_cross_entropy_with_logits(margin, kept)
+
+
+class RouteTeacher:
+    """Gives every question of a batch the route it should take.
+
+    Args:
+        target_skip_ratio: share of the layers to skip in the mean over questions.
+        teaching: how.
+        seed: of the search and of which routes are measured.
+    """
+
+    def __init__(self, target_skip_ratio: float, teaching: Teaching | None = None, seed: int = 0):
+        self.target_skip_ratio, self.teaching, self.seed = target_skip_ratio, teaching or Teaching(), seed
+        self.routes: Tensor | None = None  # (M, L)
+        self.explained, self.batches = 0.0, 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether routes were searched."""
+        return self.routes is not None
+
+    def search(self, model, batches: Sequence[dict]) -> None:
+        """Find routes on this process's batches (inputs with labels) and those of all other processes."""
+        features = []
+        full = torch.ones(model.config.text_config.num_hidden_layers, dtype=torch.bool)
+        for batch in batches:
+            features.append(measured(model, batch, full, self.teaching.max_loss)[1])
+        reading = Reading.of(gathered(torch.cat(features)))
+        read = reading(gathered(torch.cat(features)))
+        layers = model.model.language_model.layers
+        routed = [number for number, layer in enumerate(layers) if layer.router is not None]
+        with tqdm(total=self.teaching.searched_routes, desc="searching routes", leave=False) as bar:
+
+            def measure(route: Tensor) -> Tensor:
+                bar.update()
+                limit = self.teaching.max_loss
+                return gathered(torch.cat([measured(model, batch, route, limit)[0] for batch in batches]))
+
+            pool = search_routes(measure, len(full), routed, self.teaching.searched_routes, self.seed)
+        expected, ridge, self.explained = expected_losses(read, pool.losses)
+        self._begin(
+            choose_routes(pool, expected, self.target_skip_ratio, self.teaching.num_routes), reading, read, ridge
+        )
+        number = [pool.routes.tolist().index(route) for route in self.routes.tolist()]
+        self.values.observe(read, pool.losses[:, number], torch.ones(len(number), dtype=torch.bool))
+        self.values.fit()
+
+    def _begin(self, routes: Tensor, reading: Reading, read: Tensor, ridge: float) -> None:
+        self.routes, self.reading = routes, reading
+        self.values = RouteValues(routes, self.target_skip_ratio, read.shape[1], ridge)
+
+    def teach(self, model, inputs: dict) -> Tensor:
+        """(B, T, L) bool: the route of every turn of a batch with labels; measures the batch along some of the routes.
+
+        Raises: RuntimeError before `search`.
+        """
+        if not self.is_ready:
+            raise RuntimeError("there are no routes yet: call search first")
+        chosen = self._measured_now()
+        losses = torch.zeros(0)
+        for number in chosen.nonzero().flatten().tolist():
+            loss, features, exists = measured(model, inputs, self.routes[number], self.teaching.max_loss)
+            losses = torch.zeros(len(loss), len(self.routes)) if not len(losses) else losses
+            losses[:, number] = loss
+        read = self.reading(features)
+        self.values.observe(gathered(read), gathered(losses), chosen)
+        if self.batches % self.teaching.refit_every == 0:
+            self.values.fit()
+        self.batches += 1
+        given = torch.ones(*exists.shape, self.routes.shape[1], dtype=torch.bool)
+        given[exists.cpu()] = self.routes[self.values.choose(read)]
+        return given
+
+    def _measured_now(self) -> Tensor:
+        """(M,) bool: which routes to measure, the same on every process."""
+        number = len(self.routes)
+        order = torch.randperm(number, generator=torch.Generator().manual_seed(self.seed * 65536 + self.batches))
+        return torch.zeros(number, dtype=torch.bool).index_fill(0, order[: self.teaching.measured_routes], True)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    FILE = "route_teacher.safetensors"
+    OF_VALUES = ("squares", "products", "recent", "weights")
+
+    def save(self, folder: str | Path) -> None:
+        """Write what was found and learned into a checkpoint; nothing before `search`."""
+        if self.is_ready:
+            tensors = {name: getattr(self.values, name).contiguous() for name in self.OF_VALUES}
+            numbers = {"price": self.values.price, "ridge": self.values.ridge, "explained": self.explained}
+            tensors |= {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
+            tensors |= {"routes": self.routes, "batches": torch.tensor(self.batches)}
+            save_file(
+                tensors | {"mean": self.reading.mean, "scale": self.reading.scale},
+                Path(folder) / self.FILE,
+            )
+
+    def load(self, folder: str | Path) -> None:
+        """Go on from a checkpoint; one made before the search leaves everything to be found."""
+        if not (Path(folder) / self.FILE).is_file():
+            self.routes = None
+            return
+        saved = load_file(Path(folder) / self.FILE)
+        reading = Reading(saved["mean"], saved["scale"])
+        self._begin(saved["routes"], reading, saved["recent"], saved["ridge"].item())
+        for name in self.OF_VALUES:
+            setattr(self.values, name, saved[name])
+        self.values.price, self.explained = saved["price"].item(), saved["explained"].item()
+        self.batches = int(saved["batches"])
+
+
+@torch.no_grad()
+def measured(model, inputs: dict, route: Tensor, max_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch along one route: what its questions lost and what they look like before the first layer.
+
+    Args:
+        inputs: with labels and routing_segments; untouched.
+        route: (L,) bool.
+        max_loss: losses above count as this.
+    Returns: losses (N,) and features (N, 2 D) of the turns that exist, and which those are, (B, T) bool.
+    """
+    inputs = dict(inputs)
+    labels, segments = inputs.pop("labels"), inputs["routing_segments"]
+    was_training = model.training
+    model.eval()
+    try:
+        with first_layer_input(model) as states:
+            logits = model(**inputs, routes=route, use_cache=False).logits
+    finally:
+        model.train(was_training)
+    features, exists = question_features(states[0], segments.to(states[0].device))
+    losses = turn_losses(logits, labels, segments, exists.shape[1]).clamp(max=max_loss)
+    return losses[exists.to(losses.device)].cpu(), features[exists].cpu(), exists
+
+
+def turn_losses(logits: Tensor, labels: Tensor, segments: Tensor, num_turns: int) -> Tensor:
+    """(B, T) mean cross entropy of every turn's answer in nats; 0 where a turn has no labelled token.
+
+    Args:
+        logits: (B, S, V).
+        labels: (B, S), -100 where there is no target.
+        segments: (B, S) routing segments.
+        num_turns: T.
+    """
+    targets = labels[:, 1:].to(logits.device)
+    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    turns = turns_of_tokens(segments.to(logits.device))[:, 1:]
+    zeros = losses.new_zeros(len(losses), num_turns + 1)
+    total = zeros.scatter_add(1, turns, losses)
+    count = zeros.scatter_add(1, turns, (targets != -100).float())
+    return (total / count.clamp(min=1))[:, 1:]
+
+
+@contextlib.contextmanager
+def first_layer_input(model) -> Iterator[list[Tensor]]:
+    """Collects the hidden states (B, S, D) that enter the first decoder layer."""
+    seen: list[Tensor] = []
+    layer = model.model.language_model.layers[0]
+    hook = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """Rows of all processes, in the order of their ranks."""
+    return torch.cat(gather_object([rows]))
+
+
+__all__ = ["RouteTeacher", "TaughtObjective", "TaughtSchedule", "Teaching"]
