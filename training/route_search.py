@@ -3,9 +3,10 @@
 N examples (or turns), P measured routes, M chosen ones, L decoder layers. Losses are in nats.
 """
 
+import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,30 +39,44 @@ def search_routes(
 ) -> RoutePool:
     """Measures every layer's absence, then routes one or two layers away from what is best for some example.
 
-    Which routes are tried follows from the losses and the seed alone, so all processes of a run try the same ones.
+    All routes are measured if there are no more than `size`. Which are tried follows from the losses and the seed
+    alone, so all processes of a run try the same ones.
 
     Args:
         measure: route (L,) bool to losses (N,); bounded, or one lost example outweighs all others.
         routed_layers: layers that may be skipped.
-        size: routes to measure; fewer if there are no more.
+        size: routes to measure.
     """
     rng = random.Random(seed)
     most = max(1, int(MOST_SKIPPED * num_layers))
-    possible = sum(math.comb(len(routed_layers), number) for number in range(most + 1))
     found: dict[tuple[bool, ...], Tensor] = {}
 
-    def try_route(skipped: frozenset[int]) -> None:
+    def try_route(skipped: Iterable[int]) -> bool:
         route = tuple(layer not in skipped for layer in range(num_layers))
-        if len(skipped) <= most and route not in found:
-            found[route] = measure(torch.tensor(route)).float().cpu()
+        if route in found or route.count(False) > most:
+            return False
+        found[route] = measure(torch.tensor(route)).float().cpu()
+        return True
 
-    try_route(frozenset())
+    possible = [math.comb(len(routed_layers), number) for number in range(most + 1)]
+    if sum(possible) <= size:
+        for number in range(len(possible)):
+            for skipped in itertools.combinations(routed_layers, number):
+                try_route(skipped)
+        return pool_of(found)
+    try_route(())
     for layer in routed_layers:
-        try_route(frozenset([layer]))
-    while len(found) < min(size, possible):
-        pool = RoutePool(torch.tensor([*found]), torch.stack([*found.values()], dim=1))
-        skipped = {layer for layer in range(num_layers) if not promising_route(pool, rng)[layer]}
-        try_route(frozenset(skipped.symmetric_difference(rng.choices(routed_layers, k=rng.choice((1, 1, 2))))))
+        try_route((layer,))
+    while len(found) < size:
+        route = promising_route(pool_of(found), rng)
+        changed = rng.choices(routed_layers, k=rng.choice((1, 1, 2)))
+        near = {layer for layer in range(num_layers) if not route[layer]}.symmetric_difference(changed)
+        if not try_route(near):  # known: look further away
+            try_route(rng.sample(routed_layers, rng.randint(1, min(most, len(routed_layers)))))
+    return pool_of(found)
+
+
+def pool_of(found: dict[tuple[bool, ...], Tensor]) -> RoutePool:
     return RoutePool(torch.tensor([*found]), torch.stack([*found.values()], dim=1))
 
 

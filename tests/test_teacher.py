@@ -1,0 +1,362 @@
+"""Taught routers: the search, expected losses, the price that meets a budget, given routes, exact resume."""
+
+import itertools
+
+import pytest
+import tiny
+import torch
+from test_trainer import RATES, rows, stack
+from transformers import TrainingArguments
+
+from roe_llava import RoutingPhase
+from roe_llava.routing_roe import path_weights
+from roe_llava.training.objective import Objective
+from roe_llava.training.route_search import RoutePool, choose_routes, price_of, search_routes
+from roe_llava.training.route_values import Reading, RouteValues, expected_losses, question_features
+from roe_llava.training.schedule import StageSchedule
+from roe_llava.training.teacher import (
+    OWN,
+    TAUGHT,
+    RouteTeacher,
+    TaughtObjective,
+    TaughtSchedule,
+    Teaching,
+    first_layer_input,
+    measured,
+    turn_losses,
+)
+from roe_llava.training.trainer import RoeTrainer
+
+# ------------------------------------------------------------------------------------------------------------ planted
+# Two kinds of questions over six layers: kind 0 needs layers 1 and 2, kind 1 layers 3 and 4; nobody needs layer 5.
+
+NEEDED = {0: (1, 2), 1: (3, 4)}
+KINDS = torch.tensor([0, 1] * 60)
+
+
+def planted_losses(route):
+    """0.1 where nothing needed is missing, 1 more for each needed layer that is."""
+    missing = torch.tensor([[float(not route[layer]) for layer in NEEDED[kind]] for kind in (0, 1)]).sum(dim=1)
+    return 0.1 + missing[KINDS]
+
+
+def planted_pool(size=200, noise=0.0):
+    generator = torch.Generator().manual_seed(0)
+    pool = search_routes(planted_losses, 6, range(1, 6), size)
+    return RoutePool(pool.routes, pool.losses + noise * torch.randn(pool.losses.shape, generator=generator))
+
+
+def planted_reading():
+    """Features (120, 8) that tell the kind in their first value, and noise beside it."""
+    features = torch.randn(120, 8, generator=torch.Generator().manual_seed(1))
+    features[:, 0] = 2.0 * KINDS - 1
+    return features
+
+
+def skipped(routes):
+    return {frozenset(layer for layer, runs in enumerate(route) if not runs) for route in routes.tolist()}
+
+
+# ------------------------------------------------------------------------------------------------------------- search
+
+
+def test_the_search_tries_every_single_layer_and_no_route_twice():
+    tried = []
+    pool = search_routes(lambda route: tried.append(tuple(route.tolist())) or planted_losses(route), 6, range(1, 6), 18)
+    assert len(tried) == len(set(tried)) == len(pool.routes) == 18
+    assert pool.routes[0].all()
+    assert {frozenset(), *(frozenset([layer]) for layer in range(1, 6))} <= skipped(pool.routes)
+    assert pool.losses.shape == (120, 18)
+
+
+def test_the_search_leaves_alone_what_has_no_router_and_keeps_some_layers():
+    pool = search_routes(planted_losses, 6, (1, 3, 5), 1000)
+    assert len(pool.routes) == 8  # all subsets: the search ends when there is nothing left to try
+    pool = search_routes(planted_losses, 6, range(6), 1000)
+    assert pool.skip_ratio.max() <= 0.65 and len(pool.routes) == sum(1 for n in range(4) for _ in _subsets(n))
+
+
+def _subsets(number):
+    return itertools.combinations(range(6), number)
+
+
+def test_the_same_seed_searches_the_same_routes():
+    first, again, other = (search_routes(planted_losses, 6, range(1, 6), 14, seed).routes for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert skipped(first) != skipped(other)
+
+
+def test_chosen_routes_fit_the_kinds_and_meet_the_budget():
+    pool = planted_pool()
+    chosen = choose_routes(pool, pool.losses, 0.5, 3)
+    assert skipped(chosen) == {frozenset(), frozenset({3, 4, 5}), frozenset({1, 2, 5})}
+
+
+def test_one_route_is_chosen_where_more_would_not_help():
+    pool = search_routes(lambda route: torch.full((120,), 0.1) + 10 * (~route[1:5]).sum(), 6, range(1, 6), 32)
+    assert skipped(choose_routes(pool, pool.losses, 0.1, 8)) == {frozenset(), frozenset({5})}
+
+
+@pytest.mark.parametrize("target", [0.1, 0.25, 0.4])
+def test_the_price_meets_the_target(target):
+    saved = torch.linspace(-1, 1, 1001)  # what skipping everything would cost each
+    price = price_of(lambda price: (saved < price).float().mean().item(), target)
+    assert (saved < price).float().mean().item() == pytest.approx(target, abs=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+def test_expected_losses_see_through_luck():
+    pool, features = planted_pool(noise=0.5), planted_reading()
+    read = Reading.of(features)(features)
+    expected, _, explained = expected_losses(read, pool.losses)
+    truth = planted_pool().losses
+    assert (expected - truth).square().mean() < 0.2 * (pool.losses - truth).square().mean()
+    assert 0.3 < explained < 1
+    lucky, fair = (choose_routes(pool, losses, 0.5, 3) for losses in (pool.losses, expected))
+    assert skipped(fair) == {frozenset(), frozenset({3, 4, 5}), frozenset({1, 2, 5})}
+    assert skipped(lucky) != skipped(fair)
+
+
+def test_leaving_one_out_is_what_fitting_without_it_gives():
+    generator = torch.Generator().manual_seed(0)
+    features, losses = torch.randn(20, 4, generator=generator), torch.randn(20, 2, generator=generator)
+    read = Reading.of(features)(features)
+    expected, ridge, _ = expected_losses(read, losses)
+    x, y = read[:, :-1], losses - losses.mean(dim=0)
+    for left_out in (0, 7):
+        rest = [i for i in range(20) if i != left_out]
+        weights = torch.linalg.solve(x[rest].T @ x[rest] + ridge * torch.eye(4), x[rest].T @ y[rest])
+        torch.testing.assert_close(expected[left_out], x[left_out] @ weights + losses.mean(dim=0), atol=1e-4, rtol=1e-4)
+
+
+def test_values_learn_the_kinds_and_the_price_meets_the_budget():
+    pool, features = planted_pool(), planted_reading()
+    read = Reading.of(features)(features)
+    routes = torch.tensor([[True] * 6, [True] * 3 + [False] * 3, [True, False, False, True, True, False]])
+    number = [pool.routes.tolist().index(route) for route in routes.tolist()]
+    values = RouteValues(routes, 0.5, read.shape[1], ridge=0.03)
+    values.observe(read, pool.losses[:, number], torch.tensor([True] * 3))
+    values.fit()
+    torch.testing.assert_close(values.predict(read), pool.losses[:, number], atol=0.1, rtol=0)
+    assert torch.equal(values.choose(read), 1 + KINDS)
+    values.target_skip_ratio = 0.25
+    values.fit()
+    chosen = values.choose(read)
+    assert values.skip_ratio[chosen].mean().item() == pytest.approx(0.25, abs=0.02)
+    assert set(chosen.tolist()) <= {0, 1, 2} and 0 in chosen
+
+
+def test_a_route_that_was_not_measured_keeps_its_sums():
+    values = RouteValues(torch.ones(2, 4, dtype=torch.bool), 0.3, 3, ridge=1.0, memory=1.0)
+    values.observe(torch.ones(5, 3), torch.ones(5, 2), torch.tensor([True, False]))
+    assert values.squares[0].eq(5).all() and values.squares[1].eq(0).all()
+    assert values.products.tolist() == [[5.0] * 3, [0.0] * 3]
+
+
+def test_features_are_the_mean_context_and_the_mean_question_of_every_turn():
+    states = torch.arange(12.0).reshape(1, 6, 2)
+    features, exists = question_features(states, torch.tensor([[-1, 0, 0, 1, -1, 2]]))
+    assert features.tolist() == [[[3.0, 4.0, 6.0, 7.0], [3.0, 4.0, 10.0, 11.0]]]
+    assert exists.tolist() == [[True, True]]
+
+
+def test_wide_features_are_projected_alike_everywhere():
+    sample = torch.randn(30, 600)
+    first, again = Reading.of(sample)(sample), Reading.of(sample)(sample)
+    assert first.shape == (30, 257) and torch.equal(first, again)
+    assert first[:, :-1].norm(dim=1).mean().item() == pytest.approx(1, abs=0.15)
+
+
+# ---------------------------------------------------------------------------------------------------------- given mode
+
+
+def test_given_routes_are_taken_and_routers_still_answer():
+    model, inputs = tiny.routed_model(), tiny.batch(("question", "other_question"))
+    routes = torch.tensor([[[1, 0, 1, 1]], [[1, 1, 0, 0]]], dtype=torch.bool)
+    with torch.no_grad():
+        expected = model(**inputs, routes=routes[:, 0], use_cache=False).logits
+        model.train()
+        model.model.routing_phase = RoutingPhase("given", routes=routes)
+        outputs = model(**inputs)
+    torch.testing.assert_close(outputs.logits, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(outputs.turn_skip_weights, (~routes).float())
+    assert outputs.turn_router_logits.abs().sum() > 0
+
+
+def test_the_context_keeps_a_layer_that_half_of_the_turns_keep():
+    routes = torch.tensor([[[True], [False], [False]], [[True], [False], [True]]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    weights = path_weights(torch.zeros(2, 3, 2), mask, RoutingPhase("given", routes=routes), layer=0)
+    assert weights[:, :, 0].tolist() == [[1, 1, 0, 0], [1, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 4), (2, 1, 3), (2, 4)])
+def test_routes_of_another_batch_are_refused(shape):
+    model, inputs = tiny.routed_model().train(), tiny.batch(("question", "other_question"))
+    routes = None if shape is None else torch.ones(shape, dtype=torch.bool)
+    model.model.routing_phase = RoutingPhase("given", routes=routes)
+    with pytest.raises(ValueError, match=r"'given' needs routes of shape \(B, T, L\) = \(2, 1, .* got"):
+        model(**inputs)
+
+
+# ------------------------------------------------------------------------------------------------------------- teacher
+
+
+def labelled_batch():
+    return stack(rows()[:4])
+
+
+def test_measuring_equals_the_pinned_route_and_leaves_the_model_as_it_was():
+    model = tiny.tiny_model().train()
+    batch, route = labelled_batch(), torch.tensor([True, False, True, True])
+    losses, features, exists = measured(model, batch, route, max_loss=100.0)
+    assert model.training and "labels" in batch and exists.shape == (4, 1)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    model.eval()
+    with torch.no_grad():
+        logits = model(**inputs, routes=route, use_cache=False).logits
+        embedded = model.get_input_embeddings()(batch["input_ids"])
+    for row in range(4):
+        by_hand = torch.nn.functional.cross_entropy(logits[row, -3:-1], batch["input_ids"][row, -2:])
+        assert losses[row].item() == pytest.approx(by_hand.item(), rel=1e-4)
+    torch.testing.assert_close(features[:, 32:], embedded[:, 5:10].mean(dim=1))
+    assert measured(model, batch, route, max_loss=0.5)[0].max() <= 0.5
+
+
+def test_losses_are_those_of_every_turns_answer():
+    logits = torch.zeros(1, 8, 4)
+    logits[0, 2, 3] = 5.0  # turn 1's answer is predicted, turn 2's is not
+    segments = torch.tensor([[0, 1, 1, -1, 2, 2, -1, -1]])
+    labels = torch.tensor([[-100, -100, -100, 3, -100, -100, 1, 2]])
+    losses = turn_losses(logits, labels, segments, 3)
+    assert losses[0, 0] < 0.05 and losses[0, 1].item() == pytest.approx(1.3863, abs=1e-3) and losses[0, 2] == 0
+
+
+def test_the_hook_is_gone_afterwards():
+    model = tiny.tiny_model().eval()
+    with first_layer_input(model) as seen:
+        model(**tiny.batch(("question",)))
+    model(**tiny.batch(("question",)))
+    assert len(seen) == 1 and not model.model.language_model.layers[0]._forward_pre_hooks
+
+
+def test_teaching_before_the_search_is_refused():
+    with pytest.raises(RuntimeError, match="call search first"):
+        RouteTeacher(0.3).teach(tiny.tiny_model(), labelled_batch())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_routes": 0}, "num_routes must be at least 1, got 0"),
+        ({"measured_routes": 9}, "measured_routes 9 is more than num_routes 8"),
+        ({"max_loss": 0.0}, "max_loss must be positive"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Teaching(**options)
+
+
+@pytest.mark.parametrize("options", [{"target_skip_ratio": 0.0}, {"warmup_end": 0.7}, {"taught_end": 1.1}])
+def test_a_wrong_taught_schedule_is_refused(options):
+    with pytest.raises(ValueError):
+        TaughtSchedule(**options)
+
+
+def test_stages_and_groups_of_a_taught_run():
+    schedule = TaughtSchedule()
+    assert [schedule.phase(progress).mode for progress in (0.0, 0.3, 0.7)] == ["random", "given", "hard"]
+    learns = {group: [schedule.trains(group, p) for p in (0.1, 0.4, 0.8)] for group in (*RATES, "base")}
+    assert learns == {
+        "adapter": [True, True, True],
+        "router": [False, True, False],
+        "routing_tokens": [False, True, False],
+        "base": [False, False, True],
+    }
+
+
+def test_the_objective_adds_the_imitation_of_given_routes_only_while_they_are_given():
+    model, inputs = tiny.tiny_model().train(), labelled_batch()
+    labels = inputs.pop("labels")
+    routes = torch.rand(4, 1, 4) > 0.4
+    model.model.routing_phase = RoutingPhase("given", routes=routes)
+    outputs = model(**inputs)
+    objective = TaughtObjective(imitation_weight=2.0)
+    own, taught = objective.loss(outputs, labels, OWN), objective.loss(outputs, labels, TAUGHT)
+    margin = outputs.turn_router_logits[..., 0] - outputs.turn_router_logits[..., 1]
+    imitation = torch.nn.functional.binary_cross_entropy_with_logits(margin, routes.float())
+    assert (taught - own).item() == pytest.approx(2 * imitation.item(), rel=1e-4)
+    taught.backward()
+    assert all(layer.router.weight.grad.abs().sum() > 0 for layer in model.model.language_model.layers)
+
+
+# ------------------------------------------------------------------------------------------------------------- trainer
+
+TEACHING = Teaching(num_routes=4, searched_routes=9, searched_examples=6, refit_every=2)
+
+
+def taught_trainer(model, folder, schedule=None, teacher=True, **settings):
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=8,
+        logging_steps=2,
+        report_to=[],
+        remove_unused_columns=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        **{"save_strategy": "no", "per_device_train_batch_size": 2, **settings},
+    )
+    return RoeTrainer(
+        model,
+        schedule=schedule or TaughtSchedule(warmup_end=0.25, taught_end=0.75),
+        objective=TaughtObjective(),
+        rates=RATES,
+        teacher=RouteTeacher(0.3, TEACHING) if teacher else None,
+        args=arguments,
+        train_dataset=rows(),
+        data_collator=stack,
+    )
+
+
+def test_a_run_is_random_then_given_then_its_own(tmp_path):
+    model = tiny.tiny_model()
+    trainer, modes = taught_trainer(model, tmp_path), []
+    loss = trainer.objective.loss
+
+    class Watched(TaughtObjective):
+        def loss(self, outputs, labels, stage):
+            modes.append(model.model.routing_phase.mode)
+            return loss(outputs, labels, stage)
+
+    trainer.objective = Watched()
+    trainer.train()
+    assert modes == ["random"] * 2 + ["given"] * 4 + ["hard"] * 2
+    assert 1 <= len(trainer.teacher.routes) <= 4 and trainer.teacher.batches == 4
+
+
+@pytest.mark.parametrize("saved_at", [2, 4, 6])
+def test_resuming_before_within_and_after_teaching_gives_the_weights_of_an_unbroken_run(tmp_path, saved_at):
+    whole, resumed = tiny.tiny_model(), tiny.tiny_model()
+    taught_trainer(whole, tmp_path / "whole", save_strategy="steps", save_steps=2).train()
+    again = taught_trainer(resumed, tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{saved_at}"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_a_schedule_without_its_teacher_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="needs a teacher"):
+        taught_trainer(tiny.tiny_model(), tmp_path, teacher=False)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        taught_trainer(tiny.tiny_model(), tmp_path, schedule=StageSchedule())
+
+
+def test_other_schedules_do_without(tmp_path):
+    assert Objective(0.3, budget="batch")  # the published stages stay as they are
+    model = tiny.tiny_model()
+    trainer = taught_trainer(model, tmp_path)
+    trainer.schedule, trainer.objective, trainer.teacher = StageSchedule(), Objective(0.3), None
+    trainer.train()
