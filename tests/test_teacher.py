@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 
 from roe_llava import RoutingPhase
 from roe_llava.routing_roe import path_weights
-from roe_llava.training.objective import Objective
 from roe_llava.training.route_search import RoutePool, choose_routes, price_of, search_routes
 from roe_llava.training.route_values import Reading, RouteValues, expected_losses, question_features
 from roe_llava.training.schedule import StageSchedule
@@ -352,11 +351,3 @@ def test_a_schedule_without_its_teacher_is_refused(tmp_path):
         taught_trainer(tiny.tiny_model(), tmp_path, teacher=False)
     with pytest.raises(ValueError, match="needs a teacher"):
         taught_trainer(tiny.tiny_model(), tmp_path, schedule=StageSchedule())
-
-
-def test_other_schedules_do_without(tmp_path):
-    assert Objective(0.3, budget="batch")  # the published stages stay as they are
-    model = tiny.tiny_model()
-    trainer = taught_trainer(model, tmp_path)
-    trainer.schedule, trainer.objective, trainer.teacher = StageSchedule(), Objective(0.3), None
-    trainer.train()
