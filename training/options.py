@@ -21,7 +21,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 def option(default, text: str):
     """A field of the options below."""
-    return field(default=default, metadata={"help": text})  # an immutable default, so one for all is right
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -79,7 +79,7 @@ class RoutingOptions:
     soft_end: float = option(0.5, "share of the run at which the soft mixture with a keep bias ends")
     last_mode: Literal["soft", "hard"] = option("soft", "how the last stage routes")
     temperature_start: float = option(10.0, "temperature of the routers when the warm-up ends")
-    temperature_decay: float = option(0.95, "its factor every 0.5 % of the run")
+    temperature_decay: float = option(0.95, "its factor every 0.5 %% of the run")
     temperature_floor: float = option(0.0, "its least value")
     gumbel_end: float = option(0.0, "share of the run up to which hard decisions get Gumbel noise")
     budget: Literal["example", "batch", "published"] = option(

@@ -204,4 +204,4 @@ def check_same_run(checkpoint: Path, record: dict) -> None:
         raise ValueError(f"{checkpoint} belongs to another run: {'; '.join(found)}. Give the same options to go on")
 
 
-__all__ = ["RunFolder", "check_same_run", "checkpoint_to_resume", "make_record"]
+__all__ = ["RECORD", "RecordCallback", "RunFolder", "check_same_run", "checkpoint_to_resume", "make_record"]
