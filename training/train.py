@@ -251,7 +251,7 @@ def run(args) -> None:
     words = args.rest
     if {"-h", "--help"} & {*words} or "--help_all" in words:
         print(help_text(everything="--help_all" in words))
-        return
+        sys.exit(0)
     prepared = prepare(parse(words))
     is_main = prepared.trainer.is_world_process_zero()
     say(is_main, *plan(prepared))
