@@ -4,12 +4,16 @@ import json
 
 import pytest
 import torch
+from convert_helpers import change_json
+from convert_helpers import train as random_parts
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_helpers import interrupted, result_tensors, run_of, words, write_conversations
 
 from roe_llava import RoeLlavaForConditionalGeneration, RoeLlavaProcessor
 from roe_llava.cli import main
+from roe_llava.convert.adapter_file import save_adapter
+from roe_llava.convert.graft import graft
 from roe_llava.examples.tiny_world.export import export
 from roe_llava.examples.tiny_world.train_roe import BASE
 from roe_llava.examples.tiny_world.world import TinyWorld
@@ -21,6 +25,12 @@ RECIPES = ("frozen", "full", "lora")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_conversations(tmp_path_factory.mktemp("conversations") / "rows")
+
+
+def save_parts(base, folder):
+    """An adapter file with parts of its own on a base."""
+    model = random_parts(base)
+    return save_adapter(model, model.config, folder, base=base)
 
 
 def command(*args, **options) -> int:
@@ -103,6 +113,21 @@ def test_the_shipped_base_trains_on_exported_tiny_world_data(tmp_path):
     rows = export(TinyWorld("train", 4), tmp_path / "world")
     assert command("frozen", BASE, rows, tmp_path / "out", max_steps=2) == 0
     RoeLlavaForConditionalGeneration.from_base(BASE, tmp_path / "out" / "adapter")
+
+
+def test_training_goes_on_from_a_roe_checkpoint(tmp_path, base, data):
+    """Its calibration table is dropped, its sizes are kept, and the result still belongs to its base."""
+    graft(base, save_parts(base, tmp_path / "parts"), tmp_path / "roe")
+    change_json(tmp_path / "roe" / "config.json", target_skip_ratio=0.1)
+    out = tmp_path / "out"
+    assert command("frozen", tmp_path / "roe", data, out, adapter_size=None, max_steps=2, target_skip_ratio=0.2) == 0
+    about = json.loads((out / "adapter" / "roe_adapter.json").read_text())
+    assert about["base"]["id"] == base.name and about["target_skip_ratio"] == 0.2 and about["skip_calibration"] is None
+    model = RoeLlavaForConditionalGeneration.from_base(base, out / "adapter")
+    assert model.config.adapter_size == 4
+    assert command("full", tmp_path / "roe", data, tmp_path / "full", adapter_size=None, max_steps=4) == 0
+    config = RoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "full" / "model").config
+    assert config.adapter_size == 4 and config.roe_provenance["base"]["fingerprint"] is None
 
 
 # ---------------------------------------- resume, best model

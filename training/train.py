@@ -14,8 +14,7 @@ from transformers import ProgressCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ..convert.fingerprint import describe_base
-from ..convert.source import Source
+from ..convert.source import Source, read_json
 from . import lora, setup
 from .options import Options, help_text, parse
 from .results import result_dtype, write_adapter, write_checkpoint
@@ -67,7 +66,7 @@ def prepare(options: Options) -> Run:
     model, wrapped = setup.load_model(options.model, source, options.routing.target_skip_ratio, args.bf16)
     setup.check_vocabulary(model, processor, source.folder)
     schedule, objective, collate = setup.schedule_and_objective(options, steps, model, data.collate)
-    base = describe_base(source.folder, base_id=source.id) | {"revision": source.revision}
+    base = setup.describe_source(source)
     record = make_record(options, steps, len(data.train), base)
     if checkpoint is not None:
         check_same_run(checkpoint, record)
@@ -225,13 +224,13 @@ def plan(run: Run) -> list[str]:
 
 def written(run: Run) -> list[str]:
     """Where everything is, in lines."""
-    folder, base = run.folder, run.source.folder
+    folder, start, result = run.folder, repr(str(run.source.folder)), repr(str(run.folder.result))
+    use = f"from_pretrained({result})"
     if run.options.model.train_base == "frozen":
-        use = f"RoeLlavaForConditionalGeneration.from_base({str(base)!r}, {str(folder.result)!r})"
-    else:
-        use = f"RoeLlavaForConditionalGeneration.from_pretrained({str(folder.result)!r})"
+        is_stock = read_json(run.source.folder / "config.json")["model_type"] == "llava"
+        use = f"from_base({start}, {result})" if is_stock else f"from_pretrained({start}).load_routing({result})"
     shown = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary(run)["measured"].items()]
-    lines = [", ".join(shown), f"wrote {folder.result} ({use})"]
+    lines = [", ".join(shown), f"wrote {folder.result} (RoeLlavaForConditionalGeneration.{use})"]
     if folder.report.is_dir():
         lines.append(f"wrote {folder.report / 'report.md'}")
     else:
