@@ -262,6 +262,7 @@ REFUSED = {
     "target_skip_ratio": ("0.7", r"must lie in [0, 0.5], got 0.7"),
     "base_learning_rate": ("1e-5", "nothing takes it"),
     "eval_strategy": ("steps", "give eval_data or eval_share"),
+    "torch_compile": ("true", "torch_compile: "),
     "push_to_hub": ("true", "push the finished folder"),
     "budget": ("example", "belong to budget 'batch'"),
     "last_mode": ("fuzzy", "fuzzy"),
@@ -363,6 +364,19 @@ def test_a_model_without_a_processor_is_named(tmp_path, base_copy, data, capsys)
         path.unlink()
     assert command("frozen", base_copy, data, tmp_path / "out") == 2
     assert f"{base_copy} has no complete processor" in capsys.readouterr().err
+
+
+def test_a_processor_of_another_model_is_named(tmp_path, base_copy, data, capsys):
+    change_json(base_copy / "config.json", image_token_index=7)
+    assert command("frozen", base_copy, data, tmp_path / "out") == 2
+    assert "image token '<image>' is 4, the model's 7" in capsys.readouterr().err
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path, base, data, capsys):
+    options = {"save_strategy": "steps", "save_steps": 2, "save_only_model": "true"}
+    interrupted(3, "frozen", base, data, tmp_path / "out", **options)
+    assert command("frozen", base, data, tmp_path / "out", **options, resume_from_checkpoint="last") == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
 
 
 def test_help_lists_our_options_and_points_to_trainers(capsys):

@@ -216,6 +216,10 @@ def check_arguments(args) -> None:
             f"{args.n_gpu} GPUs in one process mean nn.DataParallel, which cannot carry routes: start with "
             "`accelerate launch`, or name one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
+    if args.torch_compile:
+        raise ValueError(
+            "torch_compile: a training pass keeps its routes in an object that is not compiled; leave it out"
+        )
     if args.use_liger_kernel:
         raise ValueError("use_liger_kernel replaces the forward pass whose logits RoE's loss needs: leave it out")
 
