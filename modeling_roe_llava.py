@@ -106,8 +106,9 @@ class RoeRouter(RoeLinear):
     def forward(self, routing_states: Tensor) -> Tensor:
         """(B, T, 2) logits from normalised routing tokens (B, 1 + T, D), one decision per turn."""
         image, text = routing_states[:, :1], routing_states[:, 1:]
-        with torch.autocast(routing_states.device.type, enabled=False):  # decisions in float32 under autocast too
-            return super().forward(torch.cat([image.expand_as(text), text], dim=-1)).float()
+        pair = torch.cat([image.expand_as(text), text], dim=-1).to(self.weight.dtype)
+        with torch.autocast(pair.device.type, enabled=False):  # not rounded to what the rest is computed in
+            return nn.functional.linear(pair, self.weight).float()
 
 
 class RoeDecoderLayer(GradientCheckpointingLayer):

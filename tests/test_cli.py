@@ -9,7 +9,7 @@ import pytest
 from convert_helpers import make_base, train
 
 import roe_llava
-from roe_llava.cli import COMMANDS, build_parser, main
+from roe_llava.cli import COMMANDS, main
 from roe_llava.convert.adapter_file import save_adapter
 
 PACKAGE_PARENT = Path(roe_llava.__file__).resolve().parent.parent
@@ -87,5 +87,5 @@ def test_graft_options_reach_the_function(tmp_path, parts, capsys):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_can_be_asked_for_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
-        build_parser(name).parse_args([name, "--help"])
+        main([name, "--help"])
     assert stop.value.code == 0 and f"usage: roe-llava {name}" in capsys.readouterr().out

@@ -5,9 +5,11 @@ import math
 import pytest
 import tiny
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
 
 from roe_llava import RoutingPhase
+from roe_llava.routing_roe import token_loss_per_example
 from roe_llava.training.objective import Objective, published_loss, routing_information, skip_share
 from roe_llava.training.published import PublishedSchedule, published_recipe
 from roe_llava.training.schedule import StageSchedule
@@ -174,11 +176,13 @@ def stack(examples):
     return {**batch, "routing_segments": segments}
 
 
-def trainer_for(model, folder, steps=8, schedule=None, objective=None, rates=RATES, collate=stack, **settings):
+def trainer_for(
+    model, folder, steps=8, schedule=None, objective=None, rates=RATES, collate=stack, trained_only=False, **settings
+):
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        learning_rate=1.0,  # not read: every group has its own
+        learning_rate=1.0,  # of groups without a rate of their own
         logging_steps=2,
         report_to=[],
         remove_unused_columns=False,
@@ -191,8 +195,10 @@ def trainer_for(model, folder, steps=8, schedule=None, objective=None, rates=RAT
         schedule=schedule or StageSchedule(last_mode="hard"),
         objective=objective or Objective(0.3, budget="batch", information_weight=0.1),
         rates=rates,
+        trained_only=trained_only,
         args=arguments,
         train_dataset=rows(),
+        eval_dataset=rows(),
         data_collator=collate,
     )
 
@@ -267,6 +273,120 @@ def test_accumulated_steps_equal_one_large_batch(tmp_path):
         models.append(model)
     for name, tensor in models[0].state_dict().items():
         torch.testing.assert_close(tensor, models[1].state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def budget_gradients(target, sizes, tmp_path):
+    """Router gradients of eight rows, in accumulated micro-batches of a size, under the batch budget alone."""
+    found = []
+    for size in sizes:
+        model = tiny.tiny_model().train()
+        model.model.routing_phase = RoutingPhase("soft")
+        trainer = trainer_for(model, tmp_path, objective=Objective(target, budget="batch", budget_weight=100.0))
+        trainer.state.max_steps, trainer.state.global_step = 1, 0
+        trainer.schedule = StageSchedule(warmup_end=0.0, soft_end=0.0)
+        for start in range(0, 8, size):
+            loss = trainer.compute_loss(model, stack(rows()[start : start + size]))
+            (loss / (8 // size)).backward()
+        found.append(torch.cat([layer.router.weight.grad.flatten() for layer in tiny.layers_of(model)]))
+    return found
+
+
+def test_the_batch_budget_of_accumulated_steps_is_that_of_a_large_batch_on_one_side_of_the_target(tmp_path):
+    """|mean - target| is linear there; the next test shows the other case."""
+    for target in (0.0, 0.99):
+        one, four = budget_gradients(target, (8, 2), tmp_path)
+        torch.testing.assert_close(four, one, rtol=1e-4, atol=1e-4)
+
+
+def test_the_batch_budget_is_asked_of_every_micro_batch_where_shares_fall_on_both_sides(tmp_path):
+    model = tiny.tiny_model().train()
+    outputs = [model(**{k: v for k, v in stack(rows()[i : i + 2]).items() if k != "labels"}) for i in range(0, 8, 2)]
+    target = float(sum(one.turn_skip_weights.mean().item() for one in outputs) / 4)
+    one, four = budget_gradients(target + 1e-6, (8, 2), tmp_path)
+    assert (one - four).abs().max() > 1e-3
+
+
+def test_weight_decay_spares_norms_biases_and_routing_tokens(tmp_path):
+    model = tiny.tiny_model()
+    trainer = trainer_for(model, tmp_path, rates={**RATES, "base": 1e-3}, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {group["name"]: group for group in trainer.create_optimizer().param_groups}
+    assert {name for name, group in groups.items() if group["weight_decay"] == 0.1} == {"adapter", "router", "base"}
+    spared = [names[id(p)] for name in ("routing_tokens_no_decay", "base_no_decay") for p in groups[name]["params"]]
+    assert groups["base_no_decay"]["weight_decay"] == 0.0
+    assert any("layernorm" in name for name in spared) and any(name.endswith("bias") for name in spared)
+    assert all("norm" in name or name.endswith("bias") or "routing_tokens" in name for name in spared)
+    assert sum(len(group["params"]) for group in groups.values()) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_the_learning_rate_is_trainers_scheduler_times_the_stage(tmp_path):
+    rates = {"adapter": None, "router": 1e-2, "routing_tokens": None}
+    settings = {"lr_scheduler_type": "cosine", "warmup_steps": 2}
+    trainer = trainer_for(tiny.tiny_model(), tmp_path, steps=10, rates=rates, **settings)
+    plain = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    factor = get_cosine_schedule_with_warmup(plain, 2, 10).lr_lambdas[0]
+    optimizer = trainer.create_optimizer()
+    trainer.create_scheduler(10)
+    for step in range(10):
+        found = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        expected = {"adapter": 1.0, "router": 1e-2 * (step >= 3), "routing_tokens": 1.0 * (step >= 3)}
+        assert found == pytest.approx({name: rate * factor(step) for name, rate in expected.items()})
+        optimizer.step()
+        trainer.lr_scheduler.step()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adafactor", "Adafactor"), ("adamw_torch", "AdamW")])
+def test_the_optimizer_is_the_one_asked_for(tmp_path, name, kind):
+    trainer = trainer_for(tiny.tiny_model(), tmp_path, optim=name)
+    assert type(trainer.create_optimizer()).__name__ == kind
+    assert [group["name"] for group in trainer.optimizer.param_groups] == list(RATES)
+
+
+def test_a_scheduler_that_is_no_function_of_the_step_is_refused(tmp_path):
+    settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
+    with pytest.raises(ValueError, match="'reduce_lr_on_plateau' is not a function of the step"):
+        trainer_for(tiny.tiny_model(), tmp_path, **settings)
+
+
+def test_evaluation_routes_hard_and_says_how_much_is_skipped(tmp_path):
+    model = tiny.tiny_model()
+    trainer = trainer_for(model, tmp_path)
+    metrics = trainer.evaluate(rows())
+    batch = stack(rows())
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        outputs = model.eval()(**batch)
+    losses = token_loss_per_example(outputs.logits, labels)
+    assert metrics["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert metrics["eval_hard_skip_ratio"] == pytest.approx((~outputs.routes).float().mean().item(), abs=1e-6)
+    assert metrics["eval_skip/layer_01"] == pytest.approx((~outputs.routes[:, 1]).float().mean().item(), abs=1e-6)
+
+
+def test_the_parts_of_the_loss_add_up_and_layers_to_the_ratio(tmp_path):
+    trainer = trainer_for(tiny.tiny_model(), tmp_path, steps=10)
+    trainer.train()
+    for entry in [entry for entry in trainer.state.log_history if "token_loss" in entry]:
+        assert entry["token_loss"] + entry["routing_loss"] == pytest.approx(entry["loss"], abs=1e-3)
+        shares = [value for name, value in entry.items() if name.startswith("skip/")]
+        assert len(shares) == tiny.NUM_LAYERS
+        assert sum(shares) / len(shares) == pytest.approx(entry["hard_skip_ratio"], abs=1e-4)
+        assert entry["soft_hard_gap"] == pytest.approx(entry["skip_weight"] - entry["hard_skip_ratio"], abs=1e-4)
+
+
+def test_checkpoints_of_what_learns_hold_no_base_and_resume_exactly(tmp_path):
+    whole, resumed = tiny.tiny_model(), tiny.tiny_model()
+    settings = {"save_strategy": "steps", "save_steps": 4, "trained_only": True}
+    trainer_for(whole, tmp_path / "whole", **settings).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    assert set(load_file(checkpoint / "trained.safetensors")) == {
+        n for n in whole.state_dict() if group_of(n) != "base"
+    }
+    trainer_for(resumed, tmp_path / "again", trained_only=True).train(resume_from_checkpoint=str(checkpoint))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    wider = trainer_for(tiny.tiny_model(), tmp_path / "wider", trained_only=True, rates={**RATES, "base": 1e-3})
+    with pytest.raises(ValueError, match=r"differ in what learns: .*lm_head.* other options"):
+        wider._load_from_checkpoint(str(checkpoint))
 
 
 def test_the_best_checkpoint_comes_back_whole(tmp_path):

@@ -7,6 +7,7 @@ parser, so the command line wins and types are checked alike.
 
 import difflib
 import json
+from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,7 +22,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 def option(default, text: str):
     """A field of the options below."""
-    return field(default=default, metadata={"help": text})  # an immutable default, so one for all is right
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -79,7 +80,7 @@ class RoutingOptions:
     soft_end: float = option(0.5, "share of the run at which the soft mixture with a keep bias ends")
     last_mode: Literal["soft", "hard"] = option("soft", "how the last stage routes")
     temperature_start: float = option(10.0, "temperature of the routers when the warm-up ends")
-    temperature_decay: float = option(0.95, "its factor every 0.5 % of the run")
+    temperature_decay: float = option(0.95, "its factor every 0.5 %% of the run")
     temperature_floor: float = option(0.0, "its least value")
     gumbel_end: float = option(0.0, "share of the run up to which hard decisions get Gumbel noise")
     budget: Literal["example", "batch", "published"] = option(
@@ -129,6 +130,16 @@ class OptionParser(HfArgumentParser):
         raise ValueError(message.replace("argument --", "option --"))
 
 
+class OptionHelp(ArgumentDefaultsHelpFormatter):
+    """Help with each option's first name, and its default where that says something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action):
+        return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
+
+
 def make_parser(*kinds) -> OptionParser:
     text = "Everything else is an option of Transformers' TrainingArguments: --help_all lists them too."
     return OptionParser(
@@ -138,6 +149,7 @@ def make_parser(*kinds) -> OptionParser:
         description=f"Train the routing parts of a LLaVA. RECIPE is one of {', '.join(recipe_names())}, or a YAML file "
         "of options.",
         epilog=text,
+        formatter_class=OptionHelp,
         allow_abbrev=False,
         add_help=False,
     )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ..adapter_roe import check_finite
 from ..convert.adapter_file import save_adapter
 from ..convert.output import new_folder
 from ..convert.source import Source, read_json
@@ -35,6 +36,7 @@ def write_checkpoint(
     """A whole RoE checkpoint; its base weights were tuned, so they have no fingerprint.
 
     Args: as in `write_adapter`, and `dtype` of all but routers and routing tokens.
+    Raises: ValueError if a weight is NaN or Inf.
     """
     model.config.roe_provenance = {
         "base": {"id": base["id"], "revision": base["revision"], "fingerprint": None},
@@ -46,6 +48,8 @@ def write_checkpoint(
         name: tensor if any(part in name for part in exact) or not tensor.is_floating_point() else tensor.to(dtype)
         for name, tensor in tensors.items()
     }
+    for name, tensor in stored.items():
+        check_finite(name, tensor, "the trained model")
     with new_folder(folder, overwrite) as partial:
         model.config.dtype = model.config.text_config.dtype = model.config.vision_config.dtype = dtype
         model.save_pretrained(partial, state_dict=stored)

@@ -164,7 +164,7 @@ class RecordCallback(TrainerCallback):
         self.record = record
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and not args.save_only_model:  # weights alone are no place to go on from
             replace_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / RECORD, self.record)
 
 
@@ -189,7 +189,8 @@ def checkpoint_to_resume(wanted: str | None, folder: RunFolder) -> Path | None:
         raise ValueError(f"the checkpoint {path} does not exist: give its folder, or 'last'")
     if not (path / RECORD).is_file():
         raise ValueError(
-            f"{path} has no {RECORD}: it is no checkpoint of roe-llava train, or was interrupted while it was written"
+            f"{path} has no {RECORD}: it is no checkpoint of roe-llava train, was interrupted while it was written, or "
+            "holds weights alone (save_only_model)"
         )
     return path
 
@@ -204,4 +205,4 @@ def check_same_run(checkpoint: Path, record: dict) -> None:
         raise ValueError(f"{checkpoint} belongs to another run: {'; '.join(found)}. Give the same options to go on")
 
 
-__all__ = ["RunFolder", "check_same_run", "checkpoint_to_resume", "make_record"]
+__all__ = ["RECORD", "RecordCallback", "RunFolder", "check_same_run", "checkpoint_to_resume", "make_record"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..convert.fingerprint import describe_base
 from ..convert.source import Source, blamed_on, read_json, resolve_source
 from ..grafting_roe import no_warning_of_missing_parts
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
@@ -55,6 +56,18 @@ def find_model(options: ModelOptions) -> Source:
             "original LLaVA goes through roe-llava import-llava first"
         )
     return source
+
+
+def describe_source(source: Source) -> dict:
+    """Record of the base's weights in a checkpoint; one of RoE whose base was not tuned is known by its base's name.
+
+    Raises: ValueError as `describe_base`.
+    """
+    record = describe_base(source.folder, base_id=source.id) | {"revision": source.revision}
+    known = (read_json(source.folder / "config.json").get("roe_provenance") or {}).get("base") or {}
+    if known.get("fingerprint") == record["fingerprint"]:
+        record |= {"id": known["id"], "revision": known["revision"]}
+    return record
 
 
 def load_processor(source: Source) -> RoeLlavaProcessor:

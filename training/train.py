@@ -5,6 +5,7 @@ The stock Trainer does the work, so the command runs under `accelerate launch` a
 """
 
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,11 @@ from transformers import ProgressCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ..convert.fingerprint import describe_base
-from ..convert.source import Source
+from ..convert.source import Source, read_json
 from . import lora, setup
 from .options import Options, help_text, parse
 from .results import result_dtype, write_adapter, write_checkpoint
-from .run_folder import RecordCallback, RunFolder, check_same_run, checkpoint_to_resume, make_record
+from .run_folder import RECORD, RecordCallback, RunFolder, check_same_run, checkpoint_to_resume, make_record
 from .run_report import write_report
 from .trainer import RoeTrainer
 
@@ -66,23 +66,28 @@ def prepare(options: Options) -> Run:
     model, wrapped = setup.load_model(options.model, source, options.routing.target_skip_ratio, args.bf16)
     setup.check_vocabulary(model, processor, source.folder)
     schedule, objective, collate = setup.schedule_and_objective(options, steps, model, data.collate)
-    base = describe_base(source.folder, base_id=source.id) | {"revision": source.revision}
+    base = setup.describe_source(source)
     record = make_record(options, steps, len(data.train), base)
     if checkpoint is not None:
         check_same_run(checkpoint, record)
+    with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer makes the folder, and nothing may be there yet
+        trainer = RoeTrainer(
+            model,
+            schedule=schedule,
+            objective=objective,
+            rates=rates,
+            trained_only=options.model.train_base != "full",
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            data_collator=collate,
+            callbacks=[RecordCallback(record)],
+        )
     args.output_dir = str(folder.checkpoints)
-    trainer = RoeTrainer(
-        model,
-        schedule=schedule,
-        objective=objective,
-        rates=rates,
-        trained_only=options.model.train_base != "full",
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        data_collator=collate,
-        callbacks=[RecordCallback(record)],
-    )
+    if wrapped is not None and is_sharded(trainer):
+        raise ValueError(
+            "train_base 'lora' cannot be merged from shards (FSDP, DeepSpeed): use DDP, 'frozen' or 'full'"
+        )
     print_less(trainer)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
@@ -94,18 +99,25 @@ def train(run: Run) -> None:
     """Train, evaluate, write the result and the report."""
     trainer, folder = run.trainer, run.folder
     is_main = trainer.is_world_process_zero()
+    trainer.accelerator.wait_for_everyone()  # all have looked at the folder before it changes
     if is_main:
         folder.begin(run.record, resumes=run.checkpoint is not None)
         write_bad_rows(run)
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    except KeyboardInterrupt:
+        if any(folder.checkpoints.glob(f"checkpoint-*/{RECORD}")):
+            say(is_main, "", "go on later with the same options and --resume_from_checkpoint last")
+        raise
     if run.data.evaluation is not None:
         trainer.evaluate()
     write_result(run)
     if is_main:
         trainer.save_state()
         state = folder.checkpoints / "trainer_state.json"
-        write_report(state, folder.report, target=run.options.routing.target_skip_ratio, overwrite=True)
+        if any("token_loss" in entry for entry in trainer.state.log_history):
+            write_report(state, folder.report, target=run.options.routing.target_skip_ratio, overwrite=True)
     say(is_main, "", *written(run))
 
 
@@ -118,8 +130,7 @@ def write_bad_rows(run: Run) -> None:
 def write_result(run: Run) -> None:
     """The adapter file or the checkpoint; every process takes part where tensors have to be gathered."""
     trainer, model = run.trainer, run.model
-    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded(trainer) else None
     if not trainer.is_world_process_zero():
         return
     about = summary(run)
@@ -131,6 +142,11 @@ def write_result(run: Run) -> None:
         model = lora.merge(run.wrapped)
     dtype = result_dtype(run.options.model, run.source)
     write_checkpoint(run.folder.result, model, run.processor, run.base, about, dtype, overwrite, state)
+
+
+def is_sharded(trainer) -> bool:
+    """Whether no process has all of the model."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 def summary(run: Run) -> dict:
@@ -208,13 +224,17 @@ def plan(run: Run) -> list[str]:
 
 def written(run: Run) -> list[str]:
     """Where everything is, in lines."""
-    folder, base = run.folder, run.source.folder
+    folder, start, result = run.folder, repr(str(run.source.folder)), repr(str(run.folder.result))
+    use = f"from_pretrained({result})"
     if run.options.model.train_base == "frozen":
-        use = f"RoeLlavaForConditionalGeneration.from_base({str(base)!r}, {str(folder.result)!r})"
-    else:
-        use = f"RoeLlavaForConditionalGeneration.from_pretrained({str(folder.result)!r})"
+        is_stock = read_json(run.source.folder / "config.json")["model_type"] == "llava"
+        use = f"from_base({start}, {result})" if is_stock else f"from_pretrained({start}).load_routing({result})"
     shown = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary(run)["measured"].items()]
-    lines = [", ".join(shown), f"wrote {folder.result} ({use})", f"wrote {folder.report / 'report.md'}"]
+    lines = [", ".join(shown), f"wrote {folder.result} (RoeLlavaForConditionalGeneration.{use})"]
+    if folder.report.is_dir():
+        lines.append(f"wrote {folder.report / 'report.md'}")
+    else:
+        lines.append("no report: nothing was logged; logging_steps has to be smaller than the run")
     if any(folder.checkpoints.glob("checkpoint-*")):
         lines.append(f"      {folder.checkpoints}: to go on from; not needed to use the result")
     if folder.logs.is_dir():
@@ -230,7 +250,7 @@ def run(args) -> None:
     words = args.rest
     if {"-h", "--help"} & {*words} or "--help_all" in words:
         print(help_text(everything="--help_all" in words))
-        return
+        sys.exit(0)
     prepared = prepare(parse(words))
     is_main = prepared.trainer.is_world_process_zero()
     say(is_main, *plan(prepared))

@@ -76,26 +76,41 @@ class RoeTrainer(Trainer):
         choose_trained(model, rates)
         super().__init__(model=model, **kwargs)
         check_arguments(self.args)
+        self.chosen_optimizer()
+        if self.args.max_steps > 0:  # else it is checked when the number of steps is known
+            self.rate_factor(self.args.max_steps)
         self.add_callback(RoutingScheduleCallback(schedule))
         self.model_accepts_loss_kwargs = False  # a mean over examples: accumulation steps have to be divided by
 
     # ---------------------------------------- optimizer, rates
 
+    def chosen_optimizer(self, model=None) -> tuple[type, dict]:
+        """Class and options of the optimizer that `args.optim` names.
+
+        Raises: ValueError for one that forms its own groups or rates.
+        """
+        name = str(getattr(self.args.optim, "value", self.args.optim))
+        try:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model if model is None else model)
+        except ImportError as error:
+            raise ValueError(f"optim {name!r} needs a package: {error}") from error
+        if is_optimizer_factory(kind) or OWN_GROUPS & options.keys() or name.startswith("schedule_free"):
+            raise ValueError(
+                f"optim {name!r} forms its own parameter groups or learning rates, which the stages of RoE switch: "
+                "take another one, such as adamw_torch, adamw_bnb_8bit or adafactor"
+            )
+        return kind, options
+
     def create_optimizer(self, model=None):
         """The optimizer that `args.optim` names, over the named groups.
 
-        Raises: ValueError for one that forms its own groups.
+        Raises: ValueError for one that forms its own.
         """
         if self.optimizer is None:
             model = self.model if model is None else model
             rates = {group: self.args.learning_rate if rate is None else rate for group, rate in self.rates.items()}
+            kind, options = self.chosen_optimizer(model)
             groups = parameter_groups(model, rates, self.args.weight_decay)
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            if is_optimizer_factory(kind) or OWN_GROUPS & options.keys() or "schedule_free" in str(self.args.optim):
-                raise ValueError(
-                    f"optim {str(self.args.optim)!r} forms its own parameter groups or learning rates, which the "
-                    "stages of RoE switch: take another one, such as adamw_torch, adamw_bnb_8bit or adafactor"
-                )
             self.optimizer_cls_and_kwargs = kind, {**options, "params": groups}
         return super().create_optimizer(model)
 
@@ -236,6 +251,10 @@ def check_arguments(args) -> None:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process mean nn.DataParallel, which cannot carry routes: start with "
             "`accelerate launch`, or name one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.torch_compile:
+        raise ValueError(
+            "torch_compile: a training pass keeps its routes in an object that is not compiled; leave it out"
         )
     if args.use_liger_kernel:
         raise ValueError("use_liger_kernel replaces the forward pass whose logits RoE's loss needs: leave it out")
