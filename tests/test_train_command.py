@@ -133,15 +133,18 @@ def test_training_goes_on_from_a_roe_checkpoint(tmp_path, base, data):
 # ---------------------------------------- resume, best model
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, base, data, recipe):
-    """With Gumbel noise, accumulation, evaluation in between and several epochs."""
+STAGES = {"schedule": "stages", "last_mode": "hard", "warmup_end": 0.1, "soft_end": 0.2, "gumbel_end": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stages"), [*((recipe, {"warmup_end": 0.3}) for recipe in RECIPES), ("frozen", STAGES)]
+)
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, base, data, recipe, stages):
+    """With taught routes or Gumbel noise, accumulation, evaluation in between and several epochs."""
     options = {
         "max_steps": 8,
         "gradient_accumulation_steps": 2,
-        "warmup_end": 0.1,
-        "soft_end": 0.2,
-        "gumbel_end": 1.0,
+        **stages,
         "eval_share": 0.25,
         "eval_strategy": "steps",
         "eval_steps": 2,
@@ -264,7 +267,10 @@ REFUSED = {
     "eval_strategy": ("steps", "give eval_data or eval_share"),
     "torch_compile": ("true", "torch_compile: "),
     "push_to_hub": ("true", "push the finished folder"),
-    "budget": ("example", "belong to budget 'batch'"),
+    "budget": ("batch", "schedule 'taught' does not read budget: leave"),
+    "gumbel_end": ("0.5", "schedule 'taught' does not read gumbel_end"),
+    "taught_end": ("0.2", "stages must be ordered: warmup_end 0.3, taught_end 0.2"),
+    "measured_routes": ("9", "measured_routes 9 is more than num_routes 8"),
     "last_mode": ("fuzzy", "fuzzy"),
     "lr_schedular_type": ("cosine", "did you mean lr_scheduler_type"),
     "max_steps": ("many", "max_steps"),
@@ -293,7 +299,7 @@ def test_published_needs_its_own_scheduler_and_enough_steps(tmp_path, base, data
     assert command("published", base, data, tmp_path / "other", **options) == 2
     assert "lr_scheduler_type='cosine'" in capsys.readouterr().err
     assert command("published", base, data, tmp_path / "third", gumbel_end=0.5) == 2
-    assert "has its own gumbel_end" in capsys.readouterr().err
+    assert "schedule 'published' does not read gumbel_end" in capsys.readouterr().err
 
 
 # ---------------------------------------- recipes in files, folders, bad rows
@@ -301,10 +307,10 @@ def test_published_needs_its_own_scheduler_and_enough_steps(tmp_path, base, data
 
 def test_a_recipe_file_builds_on_another_and_the_command_line_wins(tmp_path, base, data):
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("recipe: frozen\ntarget_skip_ratio: 0.2\nadapter_learning_rate: 3e-3\nsoft_end: 0.4\n")
-    run = run_of(recipe, base, data, tmp_path / "out", soft_end=0.45)
+    recipe.write_text("recipe: frozen\ntarget_skip_ratio: 0.2\nadapter_learning_rate: 3e-3\ntaught_end: 0.4\n")
+    run = run_of(recipe, base, data, tmp_path / "out", taught_end=0.45)
     routing = run.options.routing
-    assert (routing.target_skip_ratio, routing.soft_end, routing.budget) == (0.2, 0.45, "batch")
+    assert (routing.target_skip_ratio, routing.taught_end, routing.schedule) == (0.2, 0.45, "taught")
     assert run.trainer.rates["adapter"] == 3e-3 and run.trainer.rates["router"] == 1e-2
 
 

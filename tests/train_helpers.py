@@ -45,6 +45,8 @@ def words(recipe, base, data, out, **options) -> list[str]:
         "disable_tqdm": "true",
         **options,
     }
+    if recipe != "published" and settings.get("schedule", "taught") == "taught":
+        settings = {"searched_routes": 5, "searched_examples": 4} | settings
     settings = {name: value for name, value in settings.items() if value is not None}
     named = {"model": base, "data": data, "output_dir": out} | settings
     return [str(recipe), *(f"--{name}={value}" for name, value in named.items())]

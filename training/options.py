@@ -75,14 +75,22 @@ class RoutingOptions:
     _argument_group_name: ClassVar[str] = "routing"
 
     target_skip_ratio: float = option(0.3, "wanted share of skipped (question, layer) pairs, in [0, 0.5]")
-    schedule: Literal["stages", "published"] = option("stages", "stages as shares of the run, or the published code's")
+    schedule: Literal["taught", "stages", "published"] = option(
+        "taught", "routers taught by measured losses, or by their own decisions' gradient, or as the published code"
+    )
     warmup_end: float = option(0.3, "share of the run at which the random warm-up ends")
-    soft_end: float = option(0.5, "share of the run at which the soft mixture with a keep bias ends")
-    last_mode: Literal["soft", "hard"] = option("soft", "how the last stage routes")
-    temperature_start: float = option(10.0, "temperature of the routers when the warm-up ends")
-    temperature_decay: float = option(0.95, "its factor every 0.5 %% of the run")
-    temperature_floor: float = option(0.0, "its least value")
-    gumbel_end: float = option(0.0, "share of the run up to which hard decisions get Gumbel noise")
+    taught_end: float = option(0.7, "share of the run at which routers stop learning and decide alone (taught)")
+    num_routes: int = option(8, "routes that teaching chooses from (taught)")
+    searched_routes: int = option(96, "routes measured to find them (taught)")
+    searched_examples: int = option(240, "training examples they are measured on (taught)")
+    measured_routes: int = option(1, "routes measured on every taught batch, a forward pass each (taught)")
+    imitation_weight: float = option(1.0, "of the routers' cross entropy towards the taught decisions (taught)")
+    soft_end: float = option(0.5, "share of the run at which the soft mixture with a keep bias ends (stages)")
+    last_mode: Literal["soft", "hard"] = option("soft", "how the last stage routes (stages)")
+    temperature_start: float = option(10.0, "temperature of the routers when the warm-up ends (stages)")
+    temperature_decay: float = option(0.95, "its factor every 0.5 %% of the run (stages)")
+    temperature_floor: float = option(0.0, "its least value (stages)")
+    gumbel_end: float = option(0.0, "share of the run up to which hard decisions get Gumbel noise (stages)")
     budget: Literal["example", "batch", "published"] = option(
         "example", "how skipping is asked for: of every example, of the batch's mean (both ways), or as published"
     )
@@ -263,25 +271,41 @@ def check_options(options: Options) -> None:
             f"target_skip_ratio must lie in [0, 0.5], got {routing.target_skip_ratio}: the random warm-up cannot skip "
             "more than half of the layers"
         )
-    if routing.schedule == "published":
-        moved = [name for name in STAGE_OPTIONS if getattr(routing, name) != default_of(RoutingOptions, name)]
-        if moved:
-            raise ValueError(f"schedule 'published' has its own {', '.join(moved)}: leave out what it fixes")
+    others = [name for kind in SCHEDULE_OPTIONS.keys() - {routing.schedule} for name in SCHEDULE_OPTIONS[kind]]
+    others = [name for name in others if name not in SCHEDULE_OPTIONS.get(routing.schedule, ())]
+    moved = sorted(name for name in others if getattr(routing, name) != default_of(RoutingOptions, name))
+    if moved:
+        raise ValueError(f"schedule {routing.schedule!r} does not read {', '.join(moved)}: leave them out")
     if routing.budget != "batch" and (routing.information_weight or routing.budget_weight != 1.0):
         raise ValueError(f"budget_weight and information_weight belong to budget 'batch', got {routing.budget!r}")
     if options.model.lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {options.model.lora_rank}")
 
 
-STAGE_OPTIONS = (
-    "warmup_end",
-    "soft_end",
-    "last_mode",
-    "temperature_start",
-    "temperature_decay",
-    "temperature_floor",
-    "gumbel_end",
-)
+SCHEDULE_OPTIONS = {
+    "taught": (
+        "warmup_end",
+        "taught_end",
+        "num_routes",
+        "searched_routes",
+        "searched_examples",
+        "measured_routes",
+        "imitation_weight",
+    ),
+    "stages": (
+        "warmup_end",
+        "soft_end",
+        "last_mode",
+        "temperature_start",
+        "temperature_decay",
+        "temperature_floor",
+        "gumbel_end",
+        "budget",
+        "budget_weight",
+        "information_weight",
+    ),
+    "published": ("budget", "budget_weight", "information_weight"),
+}
 
 
 def default_of(kind, name: str):

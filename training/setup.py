@@ -22,6 +22,7 @@ from .options import DataOptions, ModelOptions, Options, RoutingOptions
 from .parameter_groups import group_of
 from .published import published_recipe
 from .schedule import StageSchedule
+from .teacher import RouteTeacher, TaughtObjective, TaughtSchedule, Teaching
 
 ROUTING_GROUPS = ("adapter", "router", "routing_tokens")
 
@@ -206,6 +207,9 @@ def schedule_and_objective(options: Options, steps: int, model, collate):
         recipe.prepare(model)
         objective = recipe.objective if routing.budget == "published" else make_objective(routing)
         return recipe.schedule, objective, recipe.collator(collate, model.config)
+    if routing.schedule == "taught":
+        schedule = TaughtSchedule(routing.target_skip_ratio, routing.warmup_end, routing.taught_end)
+        return schedule, TaughtObjective(routing.imitation_weight), collate
     schedule = StageSchedule(
         target_skip_ratio=routing.target_skip_ratio,
         warmup_end=routing.warmup_end,
@@ -217,6 +221,19 @@ def schedule_and_objective(options: Options, steps: int, model, collate):
         gumbel_end=routing.gumbel_end,
     )
     return schedule, make_objective(routing), collate
+
+
+def make_teacher(options: Options) -> RouteTeacher | None:
+    """Who gives the routes under schedule "taught".
+
+    Raises: ValueError as `Teaching`.
+    """
+    routing = options.routing
+    if routing.schedule != "taught":
+        return None
+    names = ("num_routes", "searched_routes", "searched_examples", "measured_routes")
+    teaching = Teaching(**{name: getattr(routing, name) for name in names})
+    return RouteTeacher(routing.target_skip_ratio, teaching, options.training.seed)
 
 
 def make_objective(routing: RoutingOptions) -> Objective:

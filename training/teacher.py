@@ -38,7 +38,6 @@ class Teaching:
             each costs a forward pass.
         max_loss: nats; losses above count as this.
         refit_every: batches between two fits of the predicted losses.
-        imitation_weight: of the routers' cross entropy towards the shown decisions, mean over layers.
     """
 
     num_routes: int = 8
@@ -47,7 +46,6 @@ class Teaching:
     measured_routes: int = 1
     max_loss: float = 3.0
     refit_every: int = 10
-    imitation_weight: float = 1.0
 
     def __post_init__(self):
         for name in ("num_routes", "searched_routes", "searched_examples", "measured_routes", "refit_every"):
