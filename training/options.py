@@ -273,7 +273,7 @@ def check_options(options: Options) -> None:
         )
     others = [name for kind in SCHEDULE_OPTIONS.keys() - {routing.schedule} for name in SCHEDULE_OPTIONS[kind]]
     others = [name for name in others if name not in SCHEDULE_OPTIONS.get(routing.schedule, ())]
-    moved = sorted(name for name in others if getattr(routing, name) != default_of(RoutingOptions, name))
+    moved = sorted({name for name in others if getattr(routing, name) != default_of(RoutingOptions, name)})
     if moved:
         raise ValueError(f"schedule {routing.schedule!r} does not read {', '.join(moved)}: leave them out")
     if routing.budget != "batch" and (routing.information_weight or routing.budget_weight != 1.0):

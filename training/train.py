@@ -76,6 +76,7 @@ def prepare(options: Options) -> Run:
             schedule=schedule,
             objective=objective,
             rates=rates,
+            teacher=setup.make_teacher(options),
             trained_only=options.model.train_base != "full",
             args=args,
             train_dataset=data.train,
