@@ -140,11 +140,21 @@ def test_values_learn_the_kinds_and_the_price_meets_the_budget():
     values.fit()
     torch.testing.assert_close(values.predict(read), pool.losses[:, number], atol=0.1, rtol=0)
     assert torch.equal(values.choose(read), 1 + KINDS)
-    values.target_skip_ratio = 0.25
+    values.aimed = 0.25
     values.fit()
     chosen = values.choose(read)
     assert values.skip_ratio[chosen].mean().item() == pytest.approx(0.25, abs=0.02)
     assert set(chosen.tolist()) <= {0, 1, 2} and 0 in chosen
+
+
+def test_routers_that_skip_too_much_are_shown_shorter_routes_less_often():
+    values = RouteValues(torch.ones(2, 4, dtype=torch.bool), 0.3, 3, ridge=1.0)
+    for _ in range(10):
+        values.correct(0.4)
+    assert values.aimed == pytest.approx(0.3 - 10 * 0.02 * 0.1)
+    for _ in range(1000):
+        values.correct(0.0)
+    assert values.aimed == pytest.approx(0.6)
 
 
 def test_a_route_that_was_not_measured_keeps_its_sums():

@@ -11,6 +11,7 @@ from torch import Tensor
 from .route_search import price_of
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+CORRECTION = 0.02  # per batch, of the distance between what routers skip and the target
 NUM_FEATURES = 256  # wider states are projected at random, so that the sums stay small
 
 
@@ -83,7 +84,6 @@ class RouteValues:
         memory: share of the sums that is left after each `observe`: the adapters learn, old losses are too high.
     """
 
-    NAMES = ("squares", "products", "recent")
     NUM_RECENT = 1024
 
     def __init__(self, routes: Tensor, target_skip_ratio: float, size: int, ridge: float, memory: float = 0.99):
@@ -92,6 +92,7 @@ class RouteValues:
         self.squares = torch.zeros(len(routes), size, size)
         self.products = torch.zeros(len(routes), size)
         self.recent = torch.zeros(0, size)  # questions that the price is found on
+        self.aimed = target_skip_ratio  # moved until the routers themselves skip the target
 
     def observe(self, read: Tensor, losses: Tensor, measured: Tensor) -> None:
         """Remember losses (N, M) of questions (N, F + 1), those along routes `measured` (M,) bool; fit with `fit`."""
@@ -100,15 +101,18 @@ class RouteValues:
         self.products = self.products * self.memory + add[:, None] * (losses.T @ read)
         self.recent = torch.cat([self.recent, read])[-self.NUM_RECENT :]
 
+    def correct(self, realised: float) -> None:
+        """Aim higher or lower where routers skip less or more than the target: they imitate, and not without errors."""
+        step = CORRECTION * (self.target_skip_ratio - realised)
+        self.aimed = min(max(self.aimed + step, 0.0), 2 * self.target_skip_ratio)
+
     def fit(self) -> None:
         """Weights of the regression, and the price at which the questions seen last skip the target."""
         penalty = self.ridge * torch.eye(self.squares.shape[-1])
         penalty[-1, -1] = 1e-3  # the mean loss is no feature
         self.weights = torch.linalg.solve(self.squares + penalty, self.products)
         expected = self.predict(self.recent)
-        self.price = price_of(
-            lambda price: self.skip_ratio[self._best(expected, price)].mean().item(), self.target_skip_ratio
-        )
+        self.price = price_of(lambda price: self.skip_ratio[self._best(expected, price)].mean().item(), self.aimed)
 
     def predict(self, read: Tensor) -> Tensor:
         """(N, M) expected losses."""

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from ..routing_roe import RoutingPhase, token_loss_per_example, turns_of_tokens
 from .objective import mean_over_labelled
-from .route_search import choose_routes, search_routes
+from .route_search import RoutePool, choose_routes, search_routes
 from .route_values import Reading, RouteValues, expected_losses, question_features
 
 RANDOM, TAUGHT, OWN = range(3)
+UNSURE_BATCHES = 20  # taught at first, in which routers do not yet decide as they will
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class RouteTeacher:
         self.target_skip_ratio, self.teaching, self.seed = target_skip_ratio, teaching or Teaching(), seed
         self.routes: Tensor | None = None  # (M, L)
         self.explained, self.batches = 0.0, 0
+        self.pool: RoutePool | None = None  # what the search measured; not kept in checkpoints
 
     @property
     def is_ready(self) -> bool:
@@ -154,7 +156,7 @@ class RouteTeacher:
                 limit = self.teaching.max_loss
                 return gathered(torch.cat([measured(model, batch, route, limit)[0] for batch in batches]))
 
-            pool = search_routes(measure, len(full), routed, self.teaching.searched_routes, self.seed)
+            pool = self.pool = search_routes(measure, len(full), routed, self.teaching.searched_routes, self.seed)
         expected, ridge, self.explained = expected_losses(read, pool.losses)
         self._begin(
             choose_routes(pool, expected, self.target_skip_ratio, self.teaching.num_routes), reading, read, ridge
@@ -189,6 +191,13 @@ class RouteTeacher:
         given[exists.cpu()] = self.routes[self.values.choose(read)]
         return given
 
+    def see(self, outputs) -> None:
+        """Look at what the routers themselves decided on a batch that was taught."""
+        skips = outputs.turn_router_logits[..., 1] >= outputs.turn_router_logits[..., 0]
+        decided = gathered(skips[outputs.turn_mask].float().mean(dim=1).cpu())
+        if self.batches > UNSURE_BATCHES:
+            self.values.correct(decided.mean().item())
+
     def _measured_now(self) -> Tensor:
         """(M,) bool: which routes to measure, the same on every process."""
         number = len(self.routes)
@@ -204,7 +213,12 @@ class RouteTeacher:
         """Write what was found and learned into a checkpoint; nothing before `search`."""
         if self.is_ready:
             tensors = {name: getattr(self.values, name).contiguous() for name in self.OF_VALUES}
-            numbers = {"price": self.values.price, "ridge": self.values.ridge, "explained": self.explained}
+            numbers = {
+                "price": self.values.price,
+                "aimed": self.values.aimed,
+                "ridge": self.values.ridge,
+                "explained": self.explained,
+            }
             tensors |= {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
             tensors |= {"routes": self.routes, "batches": torch.tensor(self.batches)}
             save_file(
@@ -222,7 +236,8 @@ class RouteTeacher:
         self._begin(saved["routes"], reading, saved["recent"], saved["ridge"].item())
         for name in self.OF_VALUES:
             setattr(self.values, name, saved[name])
-        self.values.price, self.explained = saved["price"].item(), saved["explained"].item()
+        self.values.price, self.values.aimed = saved["price"].item(), saved["aimed"].item()
+        self.explained = saved["explained"].item()
         self.batches = int(saved["batches"])
 
 

@@ -160,10 +160,13 @@ class RoeTrainer(Trainer):
         """The objective on the model's outputs; the model itself gets no labels and computes no loss."""
         is_training = model.training
         stage = self.schedule.stage(self.state.global_step / max(self.state.max_steps, 1))
-        if is_training and self.teacher is not None and stage == TAUGHT:
+        is_taught = is_training and self.teacher is not None and stage == TAUGHT
+        if is_taught:
             self.give_routes(inputs)
         labels = inputs.pop("labels")
         outputs = model(**inputs) if is_training else model(**inputs, use_cache=False)
+        if is_taught:
+            self.teacher.see(outputs)
         loss = self.objective.loss(outputs, labels, stage)
         (self.meter if is_training else self.eval_meter).add(outputs, labels, loss)
         return (loss, outputs) if return_outputs else loss

@@ -19,6 +19,7 @@ from .world import CELLS, PRACTICE, Scene, Turn, messages, questions, random_sce
 LOOKUPS = ("object", "object", "where", "color", "exist", "count")
 NUM_TURNS = 4
 LESSONS = ("tour", "lookups", "questions", "questions", "questions")  # one entry per batch, in turn
+LESSONS_AFTER = ("questions", "lookups", "questions")  # once cells are found
 TOURS_FIRST = 400  # batches of tours alone at the start: nothing else is learned before cells are found
 IGNORED = -100
 
@@ -38,6 +39,7 @@ class Lessons(torch.utils.data.Dataset):
         seed: another seed gives other scenes.
         families: families to ask about.
         tours_first: batches at the start that are tours alone.
+        lessons: kinds of the batches behind them, in turn.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Lessons(torch.utils.data.Dataset):
         seed: int = 0,
         families: Sequence[str] = tuple(PRACTICE),
         tours_first: int = TOURS_FIRST,
+        lessons: Sequence[str] = LESSONS,
     ):
         self.size, self.batch_size, self.seed, self.families = size, batch_size, seed, tuple(families)
-        self.tours_first = tours_first
+        self.tours_first, self.lessons = tours_first, tuple(lessons)
 
     def __len__(self) -> int:
         return self.size
@@ -59,7 +62,7 @@ class Lessons(torch.utils.data.Dataset):
         rng = random.Random(f"lessons/{self.seed}/{index}")
         scene = random_scene(rng, "train")
         batch = index // self.batch_size
-        lesson = "tour" if batch < self.tours_first else LESSONS[batch % len(LESSONS)]
+        lesson = "tour" if batch < self.tours_first else self.lessons[batch % len(self.lessons)]
         if lesson == "tour":
             turns = [tour(scene, rng)]
         elif lesson == "lookups":

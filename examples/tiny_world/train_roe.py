@@ -8,8 +8,8 @@ import argparse
 import itertools
 import json
 import tempfile
-import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from ...processing_roe import RoeLlavaProcessor
 from ...training.data import ChatCollator
 from ...training.objective import Objective
 from ...training.schedule import StageSchedule
+from ...training.teacher import RouteTeacher, TaughtObjective, TaughtSchedule, Teaching
 from ...training.trainer import RoeTrainer
 from .asking import ask
 from .evaluate import family_examples, share_right
@@ -52,19 +53,24 @@ class Conversations(Dataset):
         return (self.single if index % 2 else self.several)[index]
 
 
-def recipe(target: float) -> tuple[StageSchedule, Objective]:
-    """Stages and loss of the shipped parts; results stand in their training.json. Variants were not compared."""
-    schedule = StageSchedule(
-        target_skip_ratio=target,
-        warmup_end=0.3,
-        soft_end=0.35,
-        last_mode="hard",
-        temperature_start=1.0,
-        temperature_decay=0.97,
-        temperature_floor=0.3,
-        gumbel_end=0.8,
-    )
-    return schedule, Objective(target, budget="batch", budget_weight=1.0, information_weight=0.3)
+@dataclass
+class Recipe:
+    """How a run routes and what it minimises."""
+
+    schedule: StageSchedule | TaughtSchedule
+    objective: Objective | TaughtObjective
+    teacher: RouteTeacher | None = None
+
+
+def recipe(target: float, seed: int) -> Recipe:
+    """Taught routers, as the shipped parts were trained; benchmarks/quality.py holds it against others."""
+    teaching = Teaching(searched_routes=64, searched_examples=120)
+    return Recipe(TaughtSchedule(target, 0.35, 0.75), TaughtObjective(), RouteTeacher(target, teaching, seed))
+
+
+def pinned() -> Recipe:
+    """For a run along pinned routes: adapters learn, nothing is decided."""
+    return Recipe(StageSchedule(warmup_end=1.0, soft_end=1.0), Objective(0.0))
 
 
 def load(base: Path, adapter_size: int, seed: int):
@@ -74,10 +80,12 @@ def load(base: Path, adapter_size: int, seed: int):
     return model, RoeLlavaProcessor.from_pretrained(base)
 
 
-def train(model, processor, schedule: StageSchedule, objective: Objective, args, folder: Path, routes=None) -> float:
+def train(model, processor, how: Recipe, args, folder: Path, routes: torch.Tensor | None = None) -> list[dict]:
     """One run of the stock Trainer over the tiny world; `routes` pins a route instead of learning one.
 
-    Returns: minutes it took.
+    Args:
+        args: with `steps`, `batch_size` and `seed`.
+    Returns: Trainer's log, its last entry with `train_runtime` in seconds.
     """
     collate = ChatCollator(processor, messages)
     settings = TrainingArguments(
@@ -90,20 +98,21 @@ def train(model, processor, schedule: StageSchedule, objective: Objective, args,
         remove_unused_columns=False,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,  # of the run
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=args.seed,
     )
     trainer = RoeTrainer(
         model,
-        schedule=schedule,
-        objective=objective,
+        schedule=how.schedule,
+        objective=how.objective,
+        teacher=how.teacher,
         rates=RATES if routes is None else {"adapter": RATES["adapter"]},
         args=settings,
         train_dataset=Conversations(args.steps * args.batch_size, args.seed + 1),
         data_collator=collate if routes is None else lambda examples: {**collate(examples), "routes": routes},
     )
-    start = time.perf_counter()
     trainer.train()
-    return (time.perf_counter() - start) / 60
+    return trainer.state.log_history
 
 
 def evaluate(model, processor, per_family: int, split: str, routes: dict | torch.Tensor | None = None) -> dict:
@@ -174,14 +183,14 @@ def least_influential(influence: list[float], number: int) -> list[int]:
     return sorted(sorted(range(1, len(influence)), key=influence.__getitem__)[:number])
 
 
-def static_drop(args, schedule, number: int, folder: Path) -> dict:
+def static_drop(args, number: int, folder: Path) -> dict:
     """The same frozen base with the least influential layers dropped for every question, adapters trained as long."""
     model, processor = load(args.base, args.adapter_size, args.seed)
     influence = block_influence(model, processor, list(TinyWorld("validation", 128, seed=args.seed)))
     dropped = least_influential(influence, number)
     routes = torch.tensor([layer not in dropped for layer in range(len(influence))])
     untrained = evaluate_dropped(model, processor, args, dropped)
-    minutes = train(model, processor, schedule, Objective(0.0), args, folder, routes)
+    minutes = train(model, processor, pinned(), args, folder, routes)[-1]["train_runtime"] / 60
     result = evaluate(model, processor, args.per_family, "test", routes)
     return {
         "name": f"layers {', '.join(map(str, dropped))} (least block influence) replaced for every question",
@@ -209,7 +218,7 @@ def evaluate_dropped(model, processor, args, dropped: list[int]) -> float:
 def summary(args, minutes: float, results: dict) -> dict:
     """What a reader needs to judge the run, for training.json."""
     return {
-        "recipe": "frozen base; random warm-up, soft mixture, hard decisions (straight-through) under a batch budget",
+        "recipe": "frozen base; random warm-up, taught routes, the routers' own",
         "target_skip_ratio": args.target_skip_ratio,
         "steps": args.steps,
         "batch_size": args.batch_size,
@@ -240,17 +249,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_target(args.out.absolute(), args.overwrite)
-    schedule, objective = recipe(args.target_skip_ratio)
     model, processor = load(args.base, args.adapter_size, args.seed)
     keep_all = torch.ones(model.config.text_config.num_hidden_layers, dtype=torch.bool)
     with tempfile.TemporaryDirectory() as folder:
         base = evaluate(model, processor, args.per_family, "test", keep_all)
-        minutes = train(model, processor, schedule, objective, args, Path(folder))
+        how = recipe(args.target_skip_ratio, args.seed)
+        minutes = train(model, processor, how, args, Path(folder))[-1]["train_runtime"] / 60
         roe = evaluate(model, processor, args.per_family, "test")
         results = {"base": base, "roe": roe, "controls": controls(model, processor, args, base, roe), "static_drop": []}
         if not args.no_static:
             number = max(1, round(roe["skip_ratio"] * len(keep_all)))
-            results["static_drop"].append(static_drop(args, schedule, number, Path(folder)))
+            results["static_drop"].append(static_drop(args, number, Path(folder)))
     for one in (base, roe):
         one["routes"] = route_shares(one.pop("taken"))
     about = summary(args, minutes, results)
