@@ -45,7 +45,6 @@ from .routing_roe import (
     checked_routes,
     default_segments,
     pad_segments,
-    path_weights,
     roe_loss,
     routing_position_ids,
 )
@@ -192,13 +191,9 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
         full = self.full_path(tokens, routing, kwargs)
         if self.router is None:
             return full
-        logits = self.router(self.input_layernorm(states))
-        weights = path_weights(logits, routing.turn_mask.to(logits.device), routing.phase, self.layer_idx)
-        routing.logits[self.layer_idx], routing.weights[self.layer_idx] = logits, weights
-        # Routing token t moves with turn t; the image token, number 0, with the context.
-        own = torch.arange(states.shape[1], device=tokens.device).expand(states.shape[0], -1)
-        turns = torch.cat([routing.turns.to(tokens.device), own], dim=1)
-        per_token = weights.gather(1, turns[..., None].expand(-1, -1, 2)).to(tokens.dtype)
+        weights = routing.weigh(self.router(self.input_layernorm(states)), self.layer_idx)
+        turns = routing.turns.to(tokens.device)[..., None].expand(-1, -1, 2)
+        per_token = weights.gather(1, turns).to(tokens.dtype)
         return per_token[..., :1] * full + per_token[..., 1:] * self.skip_path(tokens)
 
 
