@@ -370,12 +370,7 @@ class Routing:
         self.turn_mask = torch.arange(1, self.visible.shape[1], device=segments.device) <= num_turns
 
     def weigh(self, logits: Tensor, layer: int) -> Tensor:
-        """Training: a layer's path weights (B, 1 + T, 2) from its raw router logits (B, T, 2); keeps both.
-
-        Random decisions do not depend on the logits, which are cut off from the graph then: DDP waits for the gradient
-        of every parameter that it can reach from the outputs.
-        """
-        logits = logits.detach() if self.phase.mode == "random" else logits
+        """Training: a layer's path weights (B, 1 + T, 2) from its raw router logits (B, T, 2); keeps both."""
         weights = path_weights(logits, self.turn_mask.to(logits.device), self.phase, layer)
         self.logits[layer], self.weights[layer] = logits, weights
         return weights
