@@ -127,10 +127,10 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
             raise ValueError("a RoE decoder layer needs `routing`; call RoeLlavaForConditionalGeneration instead")
         has_states = routing.states[self.layer_idx] is not None
         tokens = routing.join(hidden_states, self.layer_idx) if has_states else hidden_states
-        states = tokens[:, hidden_states.shape[1] :] if has_states else None
         if routing.is_soft:
-            tokens = self.mixed(tokens, states, routing, kwargs)
+            tokens = self.mixed(tokens, routing, kwargs)
         else:
+            states = tokens[:, hidden_states.shape[1] :] if has_states else None
             tokens = self.routed(tokens, self.decide(states, routing), routing, kwargs)
         return routing.split(tokens, self.layer_idx) if has_states else tokens
 
@@ -186,15 +186,16 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
             raise ValueError(f"layer {self.layer_idx} has no adapter, but a route from before load_routing skips it")
         return tokens + self.adapter(self.input_layernorm(tokens))
 
-    def mixed(self, tokens: Tensor, states: Tensor, routing: Routing, kwargs: dict) -> Tensor:
+    def mixed(self, tokens: Tensor, routing: Routing, kwargs: dict) -> Tensor:
         """Training: both paths, every token weighted by its turn's decision."""
         full = self.full_path(tokens, routing, kwargs)
         if self.router is None:
             return full
+        # The routing tokens as they came, not cut out of `tokens`: the gradient of a cut is as large as the whole.
+        states = routing.states[self.layer_idx].to(tokens)
         weights = routing.weigh(self.router(self.input_layernorm(states)), self.layer_idx)
-        turns = routing.turns.to(tokens.device)[..., None].expand(-1, -1, 2)
-        per_token = weights.gather(1, turns).to(tokens.dtype)
-        return per_token[..., :1] * full + per_token[..., 1:] * self.skip_path(tokens)
+        keep = weights[..., :1].gather(1, routing.turns.to(tokens.device)[..., None]).to(tokens.dtype)
+        return self.skip_path(tokens).lerp(full, keep)  # the weights' sum is 1
 
 
 class RoeLlamaDecoderLayer(RoeDecoderLayer, LlamaDecoderLayer):

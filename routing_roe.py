@@ -383,9 +383,9 @@ class Routing:
 
     def split(self, tokens: Tensor, layer: int) -> Tensor:
         """(B, S, D): a layer's ordinary tokens; its routing tokens go to the next layer."""
-        length = tokens.shape[1] - self.visible.shape[1]
-        self.states[layer + 1] = tokens[:, length:]
-        hidden_states = tokens[:, :length]
+        num_tokens = self.visible.shape[1]
+        # One operation: the gradients of two cuts would be as large as the whole each, and added up.
+        hidden_states, self.states[layer + 1] = tokens.split([tokens.shape[1] - num_tokens, num_tokens], dim=1)
         if not self.is_soft:  # in training a checkpointed layer runs again later, when this is another layer's
             self.joined = tokens, hidden_states
         return hidden_states
