@@ -2,14 +2,14 @@
 
     python -m roe_llava.benchmarks.training_step [--shape tiny cpu-small] [--rounds 15] [--out JSON] [--overwrite]
 
-A step is forward, loss, backward, AdamW and clearing the gradients, on the same batch in one process; systems take turns.
+A step is forward, loss, backward, AdamW and clearing the gradients, on the same batch in one process; systems take
+turns:
 
-| system | what it is |
-|---|---|
-| dense | the stock decoder with RoE's adapters kept on every layer's residual path: `layer(x) + adapter(norm(x))`. It trains what RoE trains but for routers and routing tokens (under 0.2 %), and is what the others are divided by |
-| dense again | the same once more: what its ratio differs from 1 by is noise |
-| stock | stock LLaVA, where the base trains: without the adapters' 4 % of parameters and arithmetic |
-| random, soft, hard | RoE in its three stages, with the example budget; `hard` has Gumbel noise |
+dense: the stock decoder with RoE's adapters kept on the residual path of every layer, `layer(x) + adapter(norm(x))`. It
+    trains what RoE trains but for routers and routing tokens (under 0.2 %); the others are divided by it.
+dense again: the same once more; what its ratio differs from 1 by is noise.
+stock: stock LLaVA, where the base trains: without the adapters' 4 % of parameters and arithmetic.
+random, soft, hard: RoE in its three stages, with the example budget; hard has Gumbel noise.
 
 Recipes: `full` trains base (all but the vision tower) and new parts, `frozen` the new parts alone.
 """
@@ -17,6 +17,7 @@ Recipes: `full` trains base (all but the vision tower) and new parts, `frozen` t
 import argparse
 import copy
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,18 +219,20 @@ def measure(shape: Shape, recipe: str, rounds: int, seed: int, device: torch.dev
     """All systems of a recipe, by turns in an order drawn anew every round.
 
     Returns: per system `seconds` (median), `minimum`, `ratio` (median over rounds of its time over that of `dense` in
-        the round) with `quartiles`, `ratio_of_minima`, `peak_bytes` with `memory_ratio`, `trained` and all `runs`.
+        the round) with `quartiles`, `ratio_of_minima`, `ratio_of_processor_time` (of this process:
+        what other processes do lengthens it less), `peak_bytes` with `memory_ratio`, `trained` and all `runs`.
     """
     steps, draw = steps_of(shape, recipe, device), random.Random(seed)
     for step in steps:
         for _ in range(WARM_UP):
             step()
-    runs: dict[str, list[float]] = {step.name: [] for step in steps}
+    runs, cpu = ({step.name: [] for step in steps} for _ in range(2))
     for _ in range(rounds):
         for step in draw.sample(steps, len(steps)):
-            start = now(device)
+            start, start_cpu = now(device), time.process_time()
             step()
             runs[step.name].append(now(device) - start)
+            cpu[step.name].append(time.process_time() - start_cpu)
     peaks = {step.name: peak_bytes(step) for step in steps}
     dense, found = runs["dense"], {}
     for step in steps:
@@ -241,6 +244,7 @@ def measure(shape: Shape, recipe: str, rounds: int, seed: int, device: torch.dev
             "ratio": median(ratios),
             "quartiles": quartiles(ratios),
             "ratio_of_minima": min(own) / min(dense),
+            "ratio_of_processor_time": median(cpu[step.name]) / median(cpu["dense"]),
             "peak_bytes": peaks[step.name],
             "memory_ratio": peaks[step.name] / peaks["dense"],
             "trained": step.trained,
