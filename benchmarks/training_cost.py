@@ -176,22 +176,22 @@ def assumptions(widths: dict[str, str]) -> list[str]:
     frozen, trained = (f"{CHECKPOINT_BYTES[name]} D" for name in ("frozen", "trained"))
     return [
         "Weights: frozen ones 2 bytes (loaded in bf16), trained ones 4 (float32; products run in bf16). Gradients 4, "
-        "AdamW 8 bytes per trained parameter. With ZeRO-3 the same 16 bytes are 2 + 2 + 12. FSDP2 and ZeRO-3 divide all "
-        "of it by the number of GPUs.",
-        "Copies: autocast's bf16 copies of trained weights (2 bytes), and DDP's buckets (4 bytes per trained parameter); "
-        "sharded: two layers gathered in bf16.",
+        "AdamW 8 bytes per trained parameter. With ZeRO-3 the same 16 bytes are 2 + 2 + 12. FSDP2 and ZeRO-3 divide "
+        "all of it by the number of GPUs.",
+        "Copies: autocast's bf16 copies of trained weights (2 bytes), and DDP's buckets (4 bytes per trained "
+        "parameter); sharded: two layers gathered in bf16.",
         "Activations per token and layer, D hidden, F FFN, A adapter width, both paths of a layer and their mixture: "
         f"{widths['frozen']} bytes with a frozen base (frozen, lora), {widths['trained']} where it trains. These are "
         "counted: what autograd saves of a small model (`test_training_cost.py`). LoRA's own are left out. With "
-        f"checkpointing {frozen} or {trained}, and one whole layer at a time. Logits: {LOGIT_BYTES} bytes per token and "
-        "word of the vocabulary.",
-        "Operations: 2 per weight and token forward, 2 for the gradient of the input, 2 for that of a trained weight; "
-        "attention 2 S D per token and layer forward, twice that backward; checkpointing adds one forward of the layers; "
-        "the vision tower runs forward alone. Both paths of every layer run, so nothing is skipped in training.",
+        f"checkpointing {frozen} or {trained}, and one whole layer at a time. Logits: {LOGIT_BYTES} bytes per token "
+        "and word of the vocabulary.",
+        "Operations: 2 per weight and token forward, 2 for the gradient of the input, 2 for that of a trained "
+        "weight; attention 2 S D per token and layer forward, twice that backward; checkpointing adds one forward of "
+        "the layers; the vision tower runs forward alone. Both paths of every layer run, so nothing is skipped in training.",
         f"Hours: operations over {PEAK / 1e12:.0f} TFLOP/s (an A100's in bf16) times {MFU:.0%} of use, which is an "
         "assumption: the ranks' communication is in it, and one GPU may do better. Reading images is not.",
-        "`full` moves the base in its last stage alone, but computes its gradients from the first step on. `published` is "
-        "that recipe with other masks and means, at the same cost.",
+        "`full` moves the base in its last stage alone, but computes its gradients from the first step on. `published` "
+        "is that recipe with other masks and means, at the same cost.",
         "Fragmentation, the CUDA context and libraries take some GB more.",
         "ZeRO-3 has not been run: only accelerate's reading of its configuration is tested.",
     ]
