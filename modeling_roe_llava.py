@@ -45,7 +45,6 @@ from .routing_roe import (
     checked_routes,
     default_segments,
     pad_segments,
-    path_weights,
     roe_loss,
     routing_position_ids,
 )
@@ -130,10 +129,10 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
             raise ValueError("a RoE decoder layer needs `routing`; call RoeLlavaForConditionalGeneration instead")
         has_states = routing.states[self.layer_idx] is not None
         tokens = routing.join(hidden_states, self.layer_idx) if has_states else hidden_states
-        states = tokens[:, hidden_states.shape[1] :] if has_states else None
         if routing.is_soft:
-            tokens = self.mixed(tokens, states, routing, kwargs)
+            tokens = self.mixed(tokens, routing, kwargs)
         else:
+            states = tokens[:, hidden_states.shape[1] :] if has_states else None
             tokens = self.routed(tokens, self.decide(states, routing), routing, kwargs)
         return routing.split(tokens, self.layer_idx) if has_states else tokens
 
@@ -189,19 +188,16 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
             raise ValueError(f"layer {self.layer_idx} has no adapter, but a route from before load_routing skips it")
         return tokens + self.adapter(self.input_layernorm(tokens))
 
-    def mixed(self, tokens: Tensor, states: Tensor, routing: Routing, kwargs: dict) -> Tensor:
+    def mixed(self, tokens: Tensor, routing: Routing, kwargs: dict) -> Tensor:
         """Training: both paths, every token weighted by its turn's decision."""
         full = self.full_path(tokens, routing, kwargs)
         if self.router is None:
             return full
-        logits = self.router(self.input_layernorm(states))
-        weights = path_weights(logits, routing.turn_mask.to(logits.device), routing.phase, self.layer_idx)
-        routing.logits[self.layer_idx], routing.weights[self.layer_idx] = logits, weights
-        # Routing token t moves with turn t; the image token, number 0, with the context.
-        own = torch.arange(states.shape[1], device=tokens.device).expand(states.shape[0], -1)
-        turns = torch.cat([routing.turns.to(tokens.device), own], dim=1)
-        per_token = weights.gather(1, turns[..., None].expand(-1, -1, 2)).to(tokens.dtype)
-        return per_token[..., :1] * full + per_token[..., 1:] * self.skip_path(tokens)
+        # The routing tokens as they came, not cut out of `tokens`: the gradient of a cut is as large as the whole.
+        states = routing.states[self.layer_idx].to(tokens)
+        weights = routing.weigh(self.router(self.input_layernorm(states)), self.layer_idx)
+        keep = weights[..., :1].gather(1, routing.turns.to(tokens.device)[..., None]).to(tokens.dtype)
+        return self.skip_path(tokens).lerp(full, keep)  # the weights' sum is 1
 
 
 class RoeLlamaDecoderLayer(RoeDecoderLayer, LlamaDecoderLayer):

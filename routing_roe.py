@@ -8,7 +8,7 @@ B batch, L decoder layers, R routing tokens (1 image + turns), T turns, S sequen
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -340,12 +340,12 @@ def roe_loss(logits: Tensor, labels: Tensor, skip_share: Tensor, target: float) 
 # --------------------------------------------------------------------------------------- routing of one forward pass
 
 
-@dataclass
 class Routing:
     """Routing of one forward pass: what was asked, what the layers read, what they decided.
 
-    A plain object that travels as a keyword to every decoder layer. Layers write by layer index and never append, so
-    that recomputing a layer (gradient checkpointing) changes nothing.
+    A plain object that travels as a keyword to every decoder layer: FSDP2 copies dataclasses, and accelerate dicts, and
+    what a layer writes into a copy is lost. Layers write by layer index and never append, so that recomputing a layer
+    (gradient checkpointing) changes nothing.
 
     Attributes:
         rows: per layer, which rows run it (`None` until decided; fixed beforehand when decoding or pinned).
@@ -355,31 +355,26 @@ class Routing:
         joined: ordinary and routing tokens (B, S + R, D) as the last layer left them, and its view of the former.
         position_embeddings: rotary (cos, sin) of ordinary and routing tokens, each (B, S + R, P).
         route_bias: per layer, a float or a tensor (B,).
+        routes: (B, L) bool where they are known as a tensor.
         logits: per layer, raw router logits: (B, 2) at inference, (B, T, 2) in training.
-        phase, turns, turn_mask, weights: training only. `turns` (B, S) turn of every ordinary token, `turn_mask`
-            (B, T) which turns exist, `weights` per layer (B, 1 + T, 2).
+        phase, turns, turn_mask, weights: training only. `turns` (B, S + R) turn of every token, routing tokens last,
+            `turn_mask` (B, T) which turns exist, `weights` per layer (B, 1 + T, 2).
     """
 
-    num_layers: int
-    rows: list[LayerRows | None] = field(default_factory=list)
-    states: list[Tensor | None] = field(default_factory=list)
-    joined: tuple[Tensor, Tensor] | None = None
-    visible: Tensor | None = None
-    position_embeddings: tuple[Tensor, Tensor] | None = None
-    route_bias: list[float] | list[Tensor] = field(default_factory=list)
-    routes: Tensor | None = None
-    logits: list[Tensor | None] = field(default_factory=list)
-    phase: RoutingPhase | None = None
-    turns: Tensor | None = None
-    turn_mask: Tensor | None = None
-    weights: list[Tensor | None] = field(default_factory=list)
-
-    def __post_init__(self):
-        self.rows = self.rows or [None] * self.num_layers
-        self.states = [None] * (self.num_layers + 1)
-        self.logits = [None] * self.num_layers
-        self.weights = [None] * self.num_layers
-        self.route_bias = self.route_bias or [0.0] * self.num_layers
+    def __init__(self, num_layers: int):
+        self.num_layers = num_layers
+        self.rows: list[LayerRows | None] = [None] * num_layers
+        self.states: list[Tensor | None] = [None] * (num_layers + 1)
+        self.joined: tuple[Tensor, Tensor] | None = None
+        self.visible: Tensor | None = None
+        self.position_embeddings: tuple[Tensor, Tensor] | None = None
+        self.route_bias: list[float] | list[Tensor] = [0.0] * num_layers
+        self.routes: Tensor | None = None
+        self.logits: list[Tensor | None] = [None] * num_layers
+        self.phase: RoutingPhase | None = None
+        self.turns: Tensor | None = None
+        self.turn_mask: Tensor | None = None
+        self.weights: list[Tensor | None] = [None] * num_layers
 
     def decide_on(self, segments: Tensor, route_bias: list, question: str) -> None:
         """Inference: one pair of routing tokens reads these segments (B, S); routers decide, shifted by the bias."""
@@ -389,9 +384,18 @@ class Routing:
     def train_on(self, segments: Tensor, phase: RoutingPhase) -> None:
         """Training: one text token per turn; both paths run, weighted as the phase says."""
         self.phase = phase
-        self.visible, self.turns = with_itself(training_visibility(segments)), turns_of_tokens(segments)
+        self.visible = with_itself(training_visibility(segments))
+        # Routing token t moves with turn t; the image token, number 0, with the context.
+        own = torch.arange(self.visible.shape[1], device=segments.device).expand(segments.shape[0], -1)
+        self.turns = torch.cat([turns_of_tokens(segments), own], dim=1)
         num_turns = segments.amax(dim=1, keepdim=True).clamp(min=1)
         self.turn_mask = torch.arange(1, self.visible.shape[1], device=segments.device) <= num_turns
+
+    def weigh(self, logits: Tensor, layer: int) -> Tensor:
+        """Training: a layer's path weights (B, 1 + T, 2) from its raw router logits (B, T, 2); keeps both."""
+        weights = path_weights(logits, self.turn_mask.to(logits.device), self.phase, layer)
+        self.logits[layer], self.weights[layer] = logits, weights
+        return weights
 
     def join(self, hidden_states: Tensor, layer: int) -> Tensor:
         """(B, S + R, D): the ordinary tokens that enter a layer, its routing tokens behind them."""
@@ -401,9 +405,9 @@ class Routing:
 
     def split(self, tokens: Tensor, layer: int) -> Tensor:
         """(B, S, D): a layer's ordinary tokens; its routing tokens go to the next layer."""
-        length = tokens.shape[1] - self.visible.shape[1]
-        self.states[layer + 1] = tokens[:, length:]
-        hidden_states = tokens[:, :length]
+        num_tokens = self.visible.shape[1]
+        # One operation: the gradients of two cuts would be as large as the whole each, and added up.
+        hidden_states, self.states[layer + 1] = tokens.split([tokens.shape[1] - num_tokens, num_tokens], dim=1)
         if not self.is_soft:  # in training a checkpointed layer runs again later, when this is another layer's
             self.joined = tokens, hidden_states
         return hidden_states

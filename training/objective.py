@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..routing_roe import roe_loss, sparsity_penalty, token_loss_per_example
+from .across_ranks import mean_over_ranks
 
 
 def routing_information(skip_probability: Tensor, turn_mask: Tensor) -> Tensor:
@@ -22,7 +23,8 @@ def routing_information(skip_probability: Tensor, turn_mask: Tensor) -> Tensor:
         turn_mask: (B, T) bool.
     """
     probability = skip_probability[turn_mask]
-    return (binary_entropy(probability.mean(dim=0)) - binary_entropy(probability).mean(dim=0)).mean()
+    single = mean_over_ranks(binary_entropy(probability))
+    return (binary_entropy(mean_over_ranks(probability)) - single).mean()
 
 
 def binary_entropy(probability: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class Objective:
         loss = mean_over_labelled(token_loss_per_example(outputs.logits, labels), labels)
         if stage == 0:
             return loss
-        loss = loss + self.budget_weight * (weights[mask].mean() - self.target_skip_ratio).abs()
+        loss = loss + self.budget_weight * (mean_over_ranks(weights[mask]).mean() - self.target_skip_ratio).abs()
         if self.information_weight:
             skip_probability = outputs.turn_router_logits.softmax(dim=-1)[..., 1]
             loss = loss - self.information_weight * routing_information(skip_probability, mask)

@@ -85,7 +85,7 @@ def prepare(options: Options) -> Run:
             callbacks=[RecordCallback(record)],
         )
     args.output_dir = str(folder.checkpoints)
-    if wrapped is not None and is_sharded(trainer):
+    if wrapped is not None and trainer.is_sharded:
         raise ValueError(
             "train_base 'lora' cannot be merged from shards (FSDP, DeepSpeed): use DDP, 'frozen' or 'full'"
         )
@@ -131,7 +131,7 @@ def write_bad_rows(run: Run) -> None:
 def write_result(run: Run) -> None:
     """The adapter file or the checkpoint; every process takes part where tensors have to be gathered."""
     trainer, model = run.trainer, run.model
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded(trainer) else None
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_sharded else None
     if not trainer.is_world_process_zero():
         return
     about = summary(run)
@@ -143,11 +143,6 @@ def write_result(run: Run) -> None:
         model = lora.merge(run.wrapped)
     dtype = result_dtype(run.options.model, run.source)
     write_checkpoint(run.folder.result, model, run.processor, run.base, about, dtype, overwrite, state)
-
-
-def is_sharded(trainer) -> bool:
-    """Whether no process has all of the model."""
-    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 def summary(run: Run) -> dict:

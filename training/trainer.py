@@ -1,6 +1,7 @@
 """The stock `Trainer` with RoE's loss, parameter groups by name, and stages that follow from the step alone."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import has_length
 
 from ..routing_roe import RoutingPhase
+from .across_ranks import DrawsOfRank, look_at_every_batch
 from .meter import RoutingMeter
 from .objective import Objective
 from .parameter_groups import NO_DECAY, choose_trained, group_of, parameter_groups
@@ -24,21 +26,50 @@ OWN_GROUPS = {"params", "model", "optimizer_dict"}
 
 
 class RoutingScheduleCallback(TrainerCallback):
-    """Sets the model's routing phase before every step: a function of the step, so resuming needs no state."""
+    """Sets the model's routing phase before every step: a function of the step, so resuming needs no state.
+
+    Attributes:
+        draws_by_row: whether random decisions are `DrawsOfRank`; by default where there are several ranks.
+    """
 
     def __init__(self, schedule: StageSchedule | PublishedSchedule):
         self.schedule = schedule
         self.done = 0  # micro-batches of this optimizer step
+        self.draws_by_row: bool | None = None
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self.done = 0
-        model.model.routing_phase = self.schedule.phase(state.global_step / state.max_steps)
+        model.model.routing_phase = self.phase(args, state)
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
-        if self.schedule.counts_micro_batches:
-            self.done += 1
-            step = state.global_step + self.done / args.gradient_accumulation_steps
-            model.model.routing_phase = self.schedule.phase(step / state.max_steps)
+        self.done += 1
+        model.model.routing_phase = self.phase(args, state)
+
+    def phase(self, args, state):
+        """Phase of the next micro-batch."""
+        counted = self.done / args.gradient_accumulation_steps if self.schedule.counts_micro_batches else 0
+        phase = self.schedule.phase((state.global_step + counted) / state.max_steps)
+        by_row = args.world_size > 1 if self.draws_by_row is None else self.draws_by_row
+        if not by_row or phase.draws is not None:
+            return phase
+        number = state.global_step * args.gradient_accumulation_steps + self.done
+        return replace(phase, draws=DrawsOfRank(args.seed, number, args.process_index, args.world_size))
+
+
+def let_ddp_find_unused(args) -> None:
+    """Have DDP look for parameters without a gradient: routers in the warm-up, the projector in a text-only batch.
+
+    `Trainer` does so unless gradients are checkpointed, where only the reentrant kind, refused here, forbids it. A term
+    of 0 times those parameters would serve DDP too, but their Adam states would count the steps, unlike in one process.
+
+    Raises: ValueError if the caller has turned it off.
+    """
+    if args.ddp_find_unused_parameters is False and args.world_size > 1:
+        raise ValueError(
+            "ddp_find_unused_parameters=False cannot be: routers get no gradient in the random warm-up, and DDP would "
+            "stop in its second step; leave it out"
+        )
+    args.ddp_find_unused_parameters = True
 
 
 class RoeTrainer(Trainer):
@@ -74,13 +105,23 @@ class RoeTrainer(Trainer):
             raise ValueError("a TaughtSchedule needs a teacher, and no other schedule has use for one")
         self.meter, self.eval_meter = RoutingMeter(), RoutingMeter()
         choose_trained(model, rates)
+        if kwargs.get("args") is not None:
+            let_ddp_find_unused(kwargs["args"])
         super().__init__(model=model, **kwargs)
         check_arguments(self.args)
         self.chosen_optimizer()
         if self.args.max_steps > 0:  # else it is checked when the number of steps is known
             self.rate_factor(self.args.max_steps)
-        self.add_callback(RoutingScheduleCallback(schedule))
+        self.routing_callback = RoutingScheduleCallback(schedule)
+        self.add_callback(self.routing_callback)
+        if self.is_sharded:
+            look_at_every_batch(model)
         self.model_accepts_loss_kwargs = False  # a mean over examples: accumulation steps have to be divided by
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the ranks share the weights out among them (FSDP, DeepSpeed)."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     # ---------------------------------------- optimizer, rates
 
@@ -229,9 +270,10 @@ class RoeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.teacher is not None:
             self.teacher.load(resume_from_checkpoint)
-        if self.is_fsdp_enabled:  # sharded, in a format of its own
+        # The stock method reads hub names with a plain load_state_dict and restores nothing of a LLaVA. Sharded weights
+        # have a file of their own, in the model's names, which it reads right.
+        if self.is_sharded:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # The stock method reads hub names with a plain load_state_dict and restores nothing of a LLaVA.
         model = self.model if model is None else model
         if self.trained_only:
             load_trained(model, resume_from_checkpoint)
@@ -240,10 +282,9 @@ class RoeTrainer(Trainer):
             model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)  # the stock method fails alike
+        if self.is_sharded:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)  # the stock method fails alike
 
 
 def check_arguments(args) -> None:
