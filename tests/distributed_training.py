@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 
 from roe_llava.training.objective import Objective
 from roe_llava.training.schedule import StageSchedule
+from roe_llava.training.teacher import RouteTeacher, TaughtObjective, TaughtSchedule, Teaching
 from roe_llava.training.trainer import RoeTrainer
 
 GLOBAL_BATCH = 4
@@ -38,6 +39,7 @@ class Run:
         text_only: rows without a picture.
         settings: training arguments.
         resume: continue from checkpoint-4 of this run.
+        is_taught: whether a teacher gives routes.
     """
 
     rates: dict
@@ -45,6 +47,7 @@ class Run:
     text_only: tuple[int, ...] = ()
     settings: dict = field(default_factory=dict)
     resume: str | None = None
+    is_taught: bool = False
 
 
 FULL = NEW_PARTS | {"base": 1e-3}
@@ -56,6 +59,7 @@ RUNS = {
     "batch-budget": Run(NEW_PARTS, budget="batch"),
     "checkpointed": Run(FULL, settings={"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
     "resumed": Run(FULL, text_only=TEXT_ONLY, resume="full"),
+    "taught": Run(FULL, is_taught=True),
 }
 
 
@@ -100,6 +104,16 @@ class Watched(RoeTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def how_to_train(run: Run):
+    """(schedule, objective, teacher)."""
+    if run.is_taught:
+        teaching = Teaching(num_routes=4, searched_routes=8, searched_examples=8, refit_every=2)
+        return TaughtSchedule(0.3, 0.25, 0.75), TaughtObjective(), RouteTeacher(0.3, teaching)
+    weights = {"budget_weight": 2.0, "information_weight": 0.3} if run.budget == "batch" else {}
+    schedule = StageSchedule(warmup_end=0.3, soft_end=0.6, last_mode="hard", gumbel_end=0.8)
+    return schedule, Objective(0.3, budget=run.budget, **weights), None
+
+
 def train(name: str, out: Path) -> None:
     """One run, and its record."""
     run = RUNS[name]
@@ -122,13 +136,12 @@ def train(name: str, out: Path) -> None:
         # accelerate 1.15 shards on accelerators alone; what it then does works on gloo and a processor as it is.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = tiny.tiny_model()
-    objective = Objective(
-        0.3, budget=run.budget, **({"budget_weight": 2.0, "information_weight": 0.3} if run.budget == "batch" else {})
-    )
+    schedule, objective, teacher = how_to_train(run)
     trainer = Watched(
         model,
-        schedule=StageSchedule(warmup_end=0.3, soft_end=0.6, last_mode="hard", gumbel_end=0.8),
+        schedule=schedule,
         objective=objective,
+        teacher=teacher,
         rates=run.rates,
         args=arguments,
         train_dataset=rows(run.text_only),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 MOST_SKIPPED = 0.65  # share of the layers that a candidate skips at most
 BISECTIONS = 40
+MOST_PRICE = 10.0  # nats; a negative price holds back routes that are better although they skip
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,27 @@ def choose_routes(pool: RoutePool, expected: Tensor, target_skip_ratio: float, n
             best = torch.minimum(best, costs[:, chosen[-1]])
         return chosen, skip[chosen][costs[:, chosen].argmin(dim=1)].mean().item()
 
-    price = price_of(lambda price: chosen_at(price)[1], target_skip_ratio)
+    # Just behind the edge, where the last digits of a loss decide nothing.
+    price = bisect(lambda price: chosen_at(price)[1] < target_skip_ratio, -MOST_PRICE, MOST_PRICE) + 1e-4
     return pool.routes[chosen_at(price)[0]]
 
 
 def price_of(skip_at: Callable[[float], float], target_skip_ratio: float) -> float:
-    """The reward in nats for skipping everything at which just the target is skipped; `skip_at` grows with it."""
-    low, high = -10.0, 10.0  # a negative reward holds back routes that are better although they skip
+    """The reward in nats for skipping everything at which just the target is skipped; `skip_at` grows with it.
+
+    It grows in steps, one per question that changes its route, so the price lies in the middle of a step: at its edge
+    the last digit of a loss would decide.
+    """
+    edge = bisect(lambda price: skip_at(price) < target_skip_ratio, -MOST_PRICE, MOST_PRICE)
+    reached = skip_at(edge)
+    return (edge + bisect(lambda price: skip_at(price) <= reached, edge, MOST_PRICE)) / 2
+
+
+def bisect(is_below: Callable[[float], bool], low: float, high: float) -> float:
+    """The least number that is not below, up to rounding; `high` if all are."""
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if skip_at(middle) < target_skip_ratio else (low, middle)
+        low, high = (middle, high) if is_below(middle) else (low, middle)
     return high
 
 

@@ -102,7 +102,8 @@ class TaughtObjective:
     """Token loss along the routes that are taken, and while routes are given, the routers' imitation of them.
 
     Attributes:
-        imitation_weight: of the cross entropy between the routers' decisions and those given, mean over layers.
+        imitation_weight: of the cross entropy between the routers' decisions and those given, mean over layers, over
+            an example's turns, and over examples.
     """
 
     imitation_weight: float = 1.0
@@ -114,9 +115,11 @@ class TaughtObjective:
             return loss
         logits, mask = outputs.turn_router_logits, outputs.turn_mask
         decides = logits[0, 0, :, 0].isfinite()  # layers that have a router
-        margin = (logits[..., 0] - logits[..., 1])[mask][:, decides]
-        kept = 1 - outputs.turn_skip_weights[mask][:, decides]
-        return loss + self.imitation_weight * nn.functional.binary_cross_entropy_with_logits(margin, kept)
+        margin = (logits[..., 0] - logits[..., 1])[..., decides]
+        kept = 1 - outputs.turn_skip_weights[..., decides]
+        wrong = nn.functional.binary_cross_entropy_with_logits(margin, kept, reduction="none").mean(dim=-1)
+        # A mean over examples, so that micro-batches and processes add up to one large batch.
+        return loss + self.imitation_weight * ((wrong * mask).sum(dim=1) / mask.sum(dim=1)).mean()
 
 
 class RouteTeacher:

@@ -227,7 +227,11 @@ class RoeTrainer(Trainer):
             raise ValueError("routes are searched on examples spread over the data: the dataset needs a length")
         size, number = len(self.train_dataset), self.teacher.teaching.searched_examples
         indices = sorted({index * size // number for index in range(number)})
-        own = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        if len(indices) < ranks:
+            raise ValueError(f"{len(indices)} examples to search routes on are fewer than the {ranks} processes")
+        share = len(indices) // ranks  # the same number of batches for all: sharded weights are gathered together
+        own = indices[rank * share : (rank + 1) * share]
         step = self.args.per_device_train_batch_size
         examples = [[self.train_dataset[i] for i in own[start : start + step]] for start in range(0, len(own), step)]
         return [self._prepare_inputs(self.data_collator(part)) for part in examples]
