@@ -6,8 +6,8 @@ Every run is a file in OUT/runs, so an interrupted benchmark goes on where it st
 the work (`--seeds 0`, `--seeds 1`, then once without). When all runs are there, OUT/quality.json is written and
 pictures beside it; `--report` writes the page.
 
-The base is frozen everywhere and adapters are trained in all runs, so "the dense base given the same training" is the
-base: nothing of it is trained. Runs without a search and measured routes get as many steps more as those cost.
+The base is frozen everywhere and adapters are what learns. "dense" is the base given the same training: every layer
+runs, with its adapter beside it. Runs without a search and measured routes get as many steps more as those cost.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def all_runs(seeds: list[int], targets: tuple[float, ...], num_layers: int) -> l
     compared = COMPARED if COMPARED in targets else targets[-1]
     runs = []
     for seed in seeds:
-        runs += [Run("base", 0.0, seed), Run("search", compared, seed)]
+        runs += [Run("base", 0.0, seed), Run("dense", 0.0, seed), Run("search", compared, seed)]
         runs += [Run("taught", target, seed) for target in sorted(targets, key=lambda target: abs(target - compared))]
         runs += [Run("static", number / num_layers, seed) for number in dropped]
         runs += [Run(method, compared, seed) for method in ("published", "gradient", "random")]
@@ -168,9 +168,11 @@ def trained(args, run: Run, runs: Path) -> dict:
     model, processor = load(args.base, args.adapter_size, run.seed)
     num_layers = model.config.text_config.num_hidden_layers
     routes, log = None, []
-    if run.method == "base":
+    if run.method in ("base", "dense"):
         routes = torch.ones(num_layers, dtype=torch.bool)
-    else:
+    if run.method == "dense":
+        put_adapters_beside(model)
+    if run.method != "base":
         how = methods()[run.method](run.target)
         if run.method == "taught":
             how.teacher = RouteTeacher(run.target, teaching_of(args), run.seed)
@@ -194,9 +196,20 @@ def trained(args, run: Run, runs: Path) -> dict:
     }
 
 
+def put_adapters_beside(model) -> None:
+    """Every layer's adapter is added to what the layer gives: layer(x) + adapter(norm(x))."""
+
+    def add(layer, args, output):
+        return output + layer.adapter(layer.input_layernorm(args[0]))
+
+    for layer in model.model.language_model.layers:
+        layer.register_forward_hook(add)
+
+
 def methods() -> dict[str, Callable[[float], Recipe]]:
     return {
         "static": lambda target: pinned(),
+        "dense": lambda target: pinned(),
         "random": random_stages,
         "published": published_stages,
         "gradient": gradient_stages,

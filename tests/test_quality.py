@@ -7,6 +7,7 @@ import argparse
 import json
 
 import pytest
+import tiny
 import torch
 
 from roe_llava.benchmarks import quality
@@ -40,7 +41,8 @@ def test_every_method_runs_and_decides_as_it_should(done):
     assert list(static["routes"].values()) == [1.0] and static["skip_ratio"] == pytest.approx(
         dropped / result["num_layers"]
     )
-    assert by_name["base-0-seed0"]["skip_ratio"] == 0
+    assert by_name["base-0-seed0"]["skip_ratio"] == by_name["dense-0-seed0"]["skip_ratio"] == 0
+    assert by_name["dense-0-seed0"]["steps"] > by_name["base-0-seed0"]["steps"] == 0
     assert by_name["random-0.3-seed0"]["skip_ratio"] == pytest.approx(dropped / result["num_layers"])
     stages = [stage for _, stage in by_name["taught-0.3-seed0"]["curves"]["stage"]]
     assert stages == sorted(stages) and set(stages) == {0, 1, 2}
@@ -101,6 +103,24 @@ def test_headroom_sees_that_kinds_need_different_layers():
     assert found["foreseen"] == pytest.approx(0.1, abs=0.01)
 
 
+def test_adapters_beside_the_layers_add_to_them_and_learn():
+    model, inputs = tiny.tiny_model(), tiny.batch(("question",))
+    every = torch.ones(4, dtype=torch.bool)
+    ups = [layer.adapter.up_proj.weight for layer in model.model.language_model.layers]
+    with torch.no_grad():
+        plain = model(**inputs, routes=every).logits
+        quality.put_adapters_beside(model)
+        for up in ups:
+            up.zero_()
+        assert torch.equal(model(**inputs, routes=every).logits, plain)
+    for up in ups:
+        torch.nn.init.normal_(up)
+    logits = model.train()(**inputs, routes=every).logits
+    assert not torch.allclose(logits, plain, atol=1e-2)
+    logits.sum().backward()
+    assert all(up.grad.abs().sum() > 0 for up in ups)
+
+
 def test_the_dropped_layers_are_the_best_measured_set():
     found = {"routes": [[1, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0]], "mean_losses": [0.1, 0.5, 0.3, 0.9]}
     assert best_single_route(found, 1).tolist() == [True, True, False]
@@ -118,7 +138,7 @@ def test_aims_are_met_or_not(accuracy, skipped, met):
         families = {"accuracy_by_family": {"a": 0.9, "b": 0.7}, "skip_ratio_by_family": {"a": easy, "b": hard}}
         return {"method": method, "target": target, "common_routes": 3.0, **numbers, **families}
 
-    rows = [row("base", 0.0, 0.845, 0.0), row("static", 0.3, 0.79, 0.3), row("taught", 0.3, accuracy, skipped)]
+    rows = [row("dense", 0.0, 0.845, 0.0), row("static", 0.3, 0.79, 0.3), row("taught", 0.3, accuracy, skipped)]
     assert [one["met"] for one in aims(rows, (0.3,), 10)] == met
 
 
