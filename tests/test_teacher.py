@@ -348,6 +348,8 @@ def test_a_run_is_random_then_given_then_its_own(tmp_path):
     trainer.train()
     assert modes == ["random"] * 2 + ["given"] * 4 + ["hard"] * 2
     assert 1 <= len(trainer.teacher.routes) <= 4 and trainer.teacher.batches == 4
+    logged = ["price" in entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [False, True, True, True]
 
 
 @pytest.mark.parametrize("saved_at", [2, 4, 6])

@@ -253,6 +253,8 @@ class RoeTrainer(Trainer):
             logs |= self.meter.take(self.accelerator)
             logs |= {"stage": int(self.schedule.stage(progress)), "keep_bias": phase.keep_bias}
             logs["temperature"] = phase.temperature
+            if self.teacher is not None and self.teacher.is_ready:
+                logs |= {"price": self.teacher.values.price, "aimed_skip_ratio": self.teacher.values.aimed}
             if self.optimizer is not None:
                 rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
                 logs |= {f"learning_rate/{name}": rate for name, rate in rates.items() if not name.endswith(NO_DECAY)}
