@@ -18,21 +18,24 @@ from ..calibration_roe import SkipCalibration
 from ..configuration_roe import RoeLlavaConfig
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from ..processing_roe import RoeLlavaProcessor
+from ..training.bad_rows import RowError
 from ..training.calibration import LARGEST_ERROR, RATIOS, calibrate, checked_ratios
+from ..training.chat_prompt import chat_prompt, close_answers
+from ..training.conversation_rows import chat_of_row
 from ..training.prompts import prompts_from
 from .folder_files import write_code
 from .output import check_apart, check_target, new_folder, replace_json, write_json
 from .source import Source, blamed_on, read_json, resolve_source
 from .verify import checked_device, default_device
 
-FIELD = "skip_calibration"
+FIELD, LLAVA = "skip_calibration", "conversations"
 
 
 # ----------------------------------------------------------------------------------------------------- what is asked
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """Rows of chat messages from a JSON file (a list) or a JSON lines file.
+    """Rows of chat messages, or of LLaVA's conversations, from a JSON file (a list) or a JSON lines file.
 
     Raises: ValueError naming the file, and the line of what is no JSON object.
     """
@@ -47,14 +50,30 @@ def read_rows(path: str | Path) -> list[dict]:
             rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable as {path.suffix or 'JSON'}: {error}") from error
-    expected = 'expected rows like {"messages": [...], "images": [paths]}'
+    expected = 'expected rows like {"messages": [...], "images": [paths]}, or LLaVA\'s conversations'
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} holds {'no rows' if rows == [] else f'a {type(rows).__name__}'}, {expected}")
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        if not isinstance(row, dict) or not any(isinstance(row.get(name), list) for name in ("messages", LLAVA)):
             known = f"has {', '.join(row)} and no list of messages" if isinstance(row, dict) else f"is {row!r:.60}"
             raise ValueError(f"row {number} of {path} {known}, {expected}")
     return rows
+
+
+def as_chats(rows: list[dict], names: list[str], processor, image_folder: Path) -> list[dict]:
+    """Rows with LLaVA's conversations as rows of chat messages; the others as they are.
+
+    Raises: ValueError naming a row that is not well formed.
+    """
+    if any(LLAVA in row for row in rows):
+        close_answers(processor)
+    chats = []
+    for row, name in zip(rows, names, strict=True):
+        try:
+            chats.append(chat_of_row(row, chat_prompt(processor), image_folder) if LLAVA in row else row)
+        except RowError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return chats
 
 
 def chosen(number_of_rows: int, wanted: int, seed: int) -> list[int]:
@@ -188,7 +207,7 @@ def largest_miss(table: SkipCalibration) -> float | None:
 def add_arguments(parser) -> None:
     """Arguments of the command."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="RoE checkpoint or adapter: a folder or a Hub id")
-    parser.add_argument("data", metavar="DATA", help='JSON or JSON lines of {"messages": [...], "images": [paths]}')
+    parser.add_argument("data", metavar="DATA", help="JSON or JSON lines of chats, or LLaVA's conversations")
     parser.add_argument("--images", metavar="FOLDER", help="where image paths begin (the folder of DATA)")
     parser.add_argument("--base", help="base of an adapter: a folder or a Hub id")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="skip ratios of the table")
@@ -220,13 +239,10 @@ def run(args) -> None:
     numbers = chosen(len(rows), args.questions, args.seed)
     device = default_device() if args.device == "auto" else checked_device(args.device)
     model, processor = load_model(where, args.base, args.base_revision, args.dtype, device)
-    batches = prompts_from(
-        [rows[number] for number in numbers],
-        processor,
-        args.batch_size,
-        args.images or expanded(args.data).parent,
-        [f"row {number} of {args.data}" for number in numbers],
-    )
+    names = [f"row {number} of {args.data}" for number in numbers]
+    folder = Path(args.images or expanded(args.data).parent)
+    chats = as_chats([rows[number] for number in numbers], names, processor, folder.absolute())
+    batches = prompts_from(chats, processor, args.batch_size, folder, names)
     with tqdm(desc="passes", unit="pass", disable=None) as bar:
 
         def progress(bias: float, share: float) -> None:

@@ -432,6 +432,27 @@ def test_in_place_changes_one_entry_of_one_file(grafted, chats, capsys):
     model.generate(torch.tensor([[5, 7, 8]]), skip_ratio=table["skip_ratio"][0], max_new_tokens=1)
 
 
+def as_llava(row):
+    asked, answer = row["messages"]
+    question = f"<image>\n{asked['content'][1]['text']}"
+    said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer["content"]}]
+    return {"image": row["images"][0], "conversations": said}
+
+
+def test_llavas_conversations_give_the_table_of_the_same_chats(tmp_path, grafted, chats, capsys):
+    rows = [json.loads(line) for line in chats.read_text().splitlines()]
+    llava = tmp_path / "llava.json"
+    llava.write_text(json.dumps([as_llava(row) for row in rows]))
+    assert run_calibrate(grafted, chats, "--out", str(tmp_path / "one")) == 0, capsys.readouterr().err
+    assert run_calibrate(grafted, llava, "--out", str(tmp_path / "two")) == 0, capsys.readouterr().err
+    one, two = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two"))
+    assert one["skip_calibration"] == two["skip_calibration"]
+    rows[3]["images"] = ["gone.png"]
+    llava.write_text(json.dumps([as_llava(row) for row in rows]))
+    assert run_calibrate(grafted, llava, "--out", str(tmp_path / "three")) == 2
+    assert "row 3 of" in (error := capsys.readouterr().err) and "gone.png" in error
+
+
 def test_a_table_is_replaced_only_when_asked(grafted, chats, capsys):
     change_json(grafted / "config.json", skip_calibration={"broken": True})  # that it is damaged is no hindrance
     assert run_calibrate(grafted, chats, "--in-place") == 2
