@@ -107,7 +107,7 @@ class Watched(RoeTrainer):
 def how_to_train(run: Run):
     """(schedule, objective, teacher)."""
     if run.is_taught:
-        teaching = Teaching(num_routes=4, searched_routes=8, searched_examples=8, refit_every=2)
+        teaching = Teaching(num_routes=4, searched_routes=10, searched_examples=8, refit_every=8)
         return TaughtSchedule(0.3, 0.25, 0.75), TaughtObjective(), RouteTeacher(0.3, teaching)
     weights = {"budget_weight": 2.0, "information_weight": 0.3} if run.budget == "batch" else {}
     schedule = StageSchedule(warmup_end=0.3, soft_end=0.6, last_mode="hard", gumbel_end=0.8)

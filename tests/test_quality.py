@@ -16,7 +16,7 @@ from roe_llava.benchmarks.quality_report import aims, page
 from roe_llava.examples.tiny_world.train_roe import BASE
 from roe_llava.training.route_search import RoutePool
 
-SMALL = "--steps 8 --batch-size 2 --per-family 2 --searched-routes 12 --searched-examples 8 --seeds 0 --targets 0.1 0.3"
+SMALL = "--steps 8 --batch-size 2 --per-family 2 --searched-routes 24 --searched-examples 8 --seeds 0 --targets 0.1 0.3"
 
 
 def options(out, *more):

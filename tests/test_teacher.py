@@ -41,7 +41,7 @@ def planted_losses(route):
 
 def planted_pool(size=200, noise=0.0):
     generator = torch.Generator().manual_seed(0)
-    pool = search_routes(planted_losses, 6, range(1, 6), size)
+    pool = search_routes(planted_losses, 6, range(1, 6), size, 3)
     return RoutePool(pool.routes, pool.losses + noise * torch.randn(pool.losses.shape, generator=generator))
 
 
@@ -61,7 +61,9 @@ def skipped(routes):
 
 def test_the_search_tries_every_single_layer_and_no_route_twice():
     tried = []
-    pool = search_routes(lambda route: tried.append(tuple(route.tolist())) or planted_losses(route), 6, range(1, 6), 18)
+    pool = search_routes(
+        lambda route: tried.append(tuple(route.tolist())) or planted_losses(route), 6, range(1, 6), 18, 3
+    )
     assert len(tried) == len(set(tried)) == len(pool.routes) == 18
     assert pool.routes[0].all()
     assert {frozenset(), *(frozenset([layer]) for layer in range(1, 6))} <= skipped(pool.routes)
@@ -69,10 +71,10 @@ def test_the_search_tries_every_single_layer_and_no_route_twice():
 
 
 def test_the_search_leaves_alone_what_has_no_router_and_keeps_some_layers():
-    pool = search_routes(planted_losses, 6, (1, 3, 5), 1000)
+    pool = search_routes(planted_losses, 6, (1, 3, 5), 1000, 3)
     assert len(pool.routes) == 8  # all subsets: the search ends when there is nothing left to try
-    pool = search_routes(planted_losses, 6, range(6), 1000)
-    assert pool.skip_ratio.max() <= 0.65 and len(pool.routes) == sum(1 for n in range(4) for _ in _subsets(n))
+    pool = search_routes(planted_losses, 6, range(6), 1000, 3)
+    assert pool.skip_ratio.max() == 0.5 and len(pool.routes) == sum(1 for n in range(4) for _ in _subsets(n))
 
 
 def _subsets(number):
@@ -80,9 +82,31 @@ def _subsets(number):
 
 
 def test_the_same_seed_searches_the_same_routes():
-    first, again, other = (search_routes(planted_losses, 6, range(1, 6), 14, seed).routes for seed in (3, 3, 4))
+    first, again, other = (search_routes(planted_losses, 6, range(1, 6), 14, 3, seed).routes for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert skipped(first) != skipped(other)
+
+
+def test_a_search_that_single_layers_use_up_is_refused():
+    with pytest.raises(ValueError, match=r"11 routes to search are too few for 5 layers .* take 18 or more"):
+        search_routes(planted_losses, 6, range(1, 6), 11, 3)
+
+
+def test_the_search_of_a_deep_model_finds_routes_at_the_target():
+    """32 layers of which a third is of no use, in another place for each of two kinds."""
+    needed = torch.ones(2, 32, dtype=torch.bool)
+    needed[0, 4:14] = needed[1, 18:28] = False
+
+    def losses(route):
+        return 0.1 + 0.3 * (needed & ~route).sum(dim=1)[KINDS].clamp(max=10)
+
+    pool = search_routes(losses, 32, range(32), 96, 20)
+    assert ((pool.skip_ratio > 0.2) & (pool.skip_ratio < 0.4)).sum() >= 15
+    chosen = choose_routes(pool, pool.losses, 0.25, 8)
+    number = [pool.routes.tolist().index(route) for route in chosen.tolist()]
+    costs = pool.losses[:, number] - 2 * pool.skip_ratio[number]
+    own = pool.losses[:, number].gather(1, costs.argmin(dim=1)[:, None])
+    assert own.mean() < 0.5  # any route for all of this length costs 1 more
 
 
 def test_chosen_routes_fit_the_kinds_and_meet_the_budget():
@@ -92,7 +116,7 @@ def test_chosen_routes_fit_the_kinds_and_meet_the_budget():
 
 
 def test_one_route_is_chosen_where_more_would_not_help():
-    pool = search_routes(lambda route: torch.full((120,), 0.1) + 10 * (~route[1:5]).sum(), 6, range(1, 6), 32)
+    pool = search_routes(lambda route: torch.full((120,), 0.1) + 10 * (~route[1:5]).sum(), 6, range(1, 6), 32, 5)
     assert skipped(choose_routes(pool, pool.losses, 0.1, 8)) == {frozenset(), frozenset({5})}
 
 
@@ -153,19 +177,35 @@ def test_values_learn_the_kinds_and_the_price_meets_the_budget():
 
 def test_routers_that_skip_too_much_are_shown_shorter_routes_less_often():
     values = RouteValues(torch.ones(2, 4, dtype=torch.bool), 0.3, 3, ridge=1.0)
-    for _ in range(10):
-        values.correct(0.4)
-    assert values.aimed == pytest.approx(0.3 - 10 * 0.02 * 0.1)
-    for _ in range(1000):
-        values.correct(0.0)
+    values.correct(torch.full((100,), 0.4))
+    assert values.aimed == pytest.approx(0.3 - 100 * 0.001 * 0.1)
+    values.correct(torch.zeros(5000))
     assert values.aimed == pytest.approx(0.6)
 
 
 def test_a_route_that_was_not_measured_keeps_its_sums():
-    values = RouteValues(torch.ones(2, 4, dtype=torch.bool), 0.3, 3, ridge=1.0, memory=1.0)
-    values.observe(torch.ones(5, 3), torch.ones(5, 2), torch.tensor([True, False]))
-    assert values.squares[0].eq(5).all() and values.squares[1].eq(0).all()
-    assert values.products.tolist() == [[5.0] * 3, [0.0] * 3]
+    values = RouteValues(torch.ones(2, 4, dtype=torch.bool), 0.3, 3, ridge=1.0)
+    values.observe(torch.ones(5, 3), torch.ones(5, 2), torch.tensor([True, True]))
+    values.observe(torch.ones(500, 3), torch.ones(500, 2), torch.tensor([True, False]))
+    assert values.squares[0].allclose(torch.tensor(5 * 0.5**0.5 + 500)) and values.squares[1].eq(5).all()
+    assert values.products.allclose(torch.tensor([[5 * 0.5**0.5 + 500] * 3, [5.0] * 3]))
+
+
+def test_small_batches_forget_no_faster_than_large_ones():
+    """What teaching knows depends on the questions it has seen, not on how many came at once."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2000, 8, generator=generator)
+    truth = torch.stack([features[:, 0], -features[:, 0]], dim=1)
+    read, losses = Reading.of(features)(features), truth + torch.randn(truth.shape, generator=generator)
+    errors = []
+    for size in (1, 50):
+        values = RouteValues(torch.tensor([[True, True], [True, False]]), 0.3, read.shape[1], ridge=0.03)
+        for number, start in enumerate(range(0, 2000, size)):
+            rows = slice(start, start + size)
+            values.observe(read[rows], losses[rows], torch.tensor([number % 2 == 0, number % 2 == 1]))
+        values.fit()
+        errors.append((values.predict(read) - truth).square().mean().item())
+    assert max(errors) < 0.05 and errors[0] < 2 * errors[1]
 
 
 def test_features_are_the_mean_context_and_the_mean_question_of_every_turn():
@@ -266,6 +306,7 @@ def test_teaching_before_the_search_is_refused():
         ({"num_routes": 0}, "num_routes must be at least 1, got 0"),
         ({"measured_routes": 9}, "measured_routes 9 is more than num_routes 8"),
         ({"max_loss": 0.0}, "max_loss must be positive"),
+        ({"searched_examples": 0}, "searched_examples must be at least 1"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -291,6 +332,22 @@ def test_stages_and_groups_of_a_taught_run():
     }
 
 
+def test_a_target_that_no_route_skips_is_refused():
+    model = tiny.tiny_model(tiny.tiny_config(routed_layers=[2]))
+    with pytest.raises(ValueError, match="skip 25% of the layers at most, the target is 30%"):
+        RouteTeacher(0.3).search(model, [labelled_batch()])
+
+
+def test_routers_are_not_driven_away_from_what_is_shown():
+    with pytest.raises(ValueError, match="imitation_weight must be positive, got -1"):
+        TaughtObjective(-1)
+
+
+def test_one_question_is_no_sample():
+    with pytest.raises(ValueError, match="1 questions, expected 2 at least"):
+        Reading.of(torch.ones(1, 4))
+
+
 def test_the_objective_adds_the_imitation_of_given_routes_only_while_they_are_given():
     model, inputs = tiny.tiny_model().train(), labelled_batch()
     labels = inputs.pop("labels")
@@ -308,7 +365,7 @@ def test_the_objective_adds_the_imitation_of_given_routes_only_while_they_are_gi
 
 # ------------------------------------------------------------------------------------------------------------- trainer
 
-TEACHING = Teaching(num_routes=4, searched_routes=9, searched_examples=6, refit_every=2)
+TEACHING = Teaching(num_routes=4, searched_routes=10, searched_examples=6, refit_every=4)
 
 
 def taught_trainer(model, folder, schedule=None, teacher=True, **settings):

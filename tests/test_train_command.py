@@ -111,7 +111,7 @@ def test_the_published_recipe_runs_in_compatibility_mode(tmp_path, base, data):
 
 def test_the_shipped_base_trains_on_exported_tiny_world_data(tmp_path):
     rows = export(TinyWorld("train", 4), tmp_path / "world")
-    assert command("frozen", BASE, rows, tmp_path / "out", max_steps=2) == 0
+    assert command("frozen", BASE, rows, tmp_path / "out", max_steps=2, searched_routes=24) == 0
     RoeLlavaForConditionalGeneration.from_base(BASE, tmp_path / "out" / "adapter")
 
 
@@ -128,6 +128,18 @@ def test_training_goes_on_from_a_roe_checkpoint(tmp_path, base, data):
     assert command("full", tmp_path / "roe", data, tmp_path / "full", adapter_size=None, max_steps=4) == 0
     config = RoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "full" / "model").config
     assert config.adapter_size == 4 and config.roe_provenance["base"]["fingerprint"] is None
+
+
+def test_a_whole_checkpoint_says_the_dtype_it_is_stored_in(tmp_path, base, data):
+    assert command("full", base, data, tmp_path / "out", result_dtype="bfloat16") == 0
+    model = RoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "out" / "model")
+    assert model.dtype == torch.bfloat16 and model.model.language_model.layers[1].router.weight.dtype == torch.float32
+
+
+def test_what_the_teacher_found_is_in_the_record(tmp_path, base, data):
+    assert command("frozen", base, data, tmp_path / "out") == 0
+    teaching = json.loads((tmp_path / "out" / "adapter" / "roe_adapter.json").read_text())["training"]["teaching"]
+    assert teaching["routes"][0] == "xxx" and {"explained", "price", "aimed_skip_ratio"} < teaching.keys()
 
 
 # ---------------------------------------- resume, best model
@@ -270,6 +282,10 @@ REFUSED = {
     "budget": ("batch", "schedule 'taught' does not read budget: leave"),
     "gumbel_end": ("0.5", "schedule 'taught' does not read gumbel_end"),
     "taught_end": ("0.2", "stages must be ordered: warmup_end 0.3, taught_end 0.2"),
+    "imitation_weight": ("-1", "imitation_weight must be positive, got -1"),
+    "lora_rank": ("64", "train_base 'frozen' does not read lora_rank"),
+    "result_dtype": ("bfloat16", "train_base 'frozen' does not read result_dtype"),
+    "auto_find_batch_size": ("true", "auto_find_batch_size starts over"),
     "measured_routes": ("9", "measured_routes 9 is more than num_routes 8"),
     "last_mode": ("fuzzy", "fuzzy"),
     "lr_schedular_type": ("cosine", "did you mean lr_scheduler_type"),
@@ -300,6 +316,23 @@ def test_published_needs_its_own_scheduler_and_enough_steps(tmp_path, base, data
     assert "lr_scheduler_type='cosine'" in capsys.readouterr().err
     assert command("published", base, data, tmp_path / "third", gumbel_end=0.5) == 2
     assert "schedule 'published' does not read gumbel_end" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "expected"),
+    [
+        ("full", {"taught_end": 1.0}, "base would never learn"),
+        ("frozen", {"routed_layers": 2, "target_skip_ratio": 0.4}, "33% of the layers have a router"),
+        (
+            "frozen",
+            {"gradient_checkpointing": "true", "gradient_checkpointing_kwargs": '{"use_reentrant": true}'},
+            "use_reentrant=True loses",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, base, data, recipe, options, expected, capsys):
+    assert command(recipe, base, data, tmp_path / "out", dry_run="true", max_steps=20, **options) == 2
+    assert expected in capsys.readouterr().err
 
 
 # ---------------------------------------- recipes in files, folders, bad rows

@@ -46,7 +46,7 @@ def words(recipe, base, data, out, **options) -> list[str]:
         **options,
     }
     if recipe != "published" and settings.get("schedule", "taught") == "taught":
-        settings = {"searched_routes": 5, "searched_examples": 4} | settings
+        settings = {"searched_routes": 12, "searched_examples": 4} | settings
     settings = {name: value for name, value in settings.items() if value is not None}
     named = {"model": base, "data": data, "output_dir": out} | settings
     return [str(recipe), *(f"--{name}={value}" for name, value in named.items())]

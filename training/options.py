@@ -82,8 +82,9 @@ class RoutingOptions:
     taught_end: float = option(0.7, "share of the run at which routers stop learning and decide alone (taught)")
     num_routes: int = option(8, "routes that teaching chooses from (taught)")
     searched_routes: int = option(96, "routes measured to find them (taught)")
-    searched_examples: int = option(240, "training examples they are measured on (taught)")
+    searched_examples: int = option(128, "training examples they are measured on (taught)")
     measured_routes: int = option(1, "routes measured on every taught batch, a forward pass each (taught)")
+    max_loss: float = option(3.0, "nats; measured losses above count as this (taught)")
     imitation_weight: float = option(1.0, "of the routers' cross entropy towards the taught decisions (taught)")
     soft_end: float = option(0.5, "share of the run at which the soft mixture with a keep bias ends (stages)")
     last_mode: Literal["soft", "hard"] = option("soft", "how the last stage routes (stages)")
@@ -278,6 +279,11 @@ def check_options(options: Options) -> None:
         raise ValueError(f"schedule {routing.schedule!r} does not read {', '.join(moved)}: leave them out")
     if routing.budget != "batch" and (routing.information_weight or routing.budget_weight != 1.0):
         raise ValueError(f"budget_weight and information_weight belong to budget 'batch', got {routing.budget!r}")
+    unread = () if options.model.train_base == "lora" else ("lora_rank", "lora_alpha", "lora_dropout")
+    unread += ("result_dtype",) if options.model.train_base == "frozen" else ()
+    moved = [name for name in unread if getattr(options.model, name) != default_of(ModelOptions, name)]
+    if moved:
+        raise ValueError(f"train_base {options.model.train_base!r} does not read {', '.join(moved)}: leave them out")
     if options.model.lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {options.model.lora_rank}")
 
@@ -290,6 +296,7 @@ SCHEDULE_OPTIONS = {
         "searched_routes",
         "searched_examples",
         "measured_routes",
+        "max_loss",
         "imitation_weight",
     ),
     "stages": (

@@ -65,7 +65,12 @@ def prompt_of(row: dict, image_folder: str | Path | None = None) -> list[dict]:
 
     Raises: ValueError as `prompts_from`.
     """
+    are_texts = all(isinstance(message["content"], str) for message in row["messages"])
     messages = [{**message, "content": parts_of(message["content"])} for message in row["messages"]]
+    if are_texts and row.get("images"):  # as in training: images come before the first question
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is not None:
+            first["content"] = [{"type": "image"} for _ in row["images"]] + first["content"]
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1]["role"] != "user":

@@ -6,7 +6,7 @@ import torch
 
 from ..adapter_roe import check_finite
 from ..convert.adapter_file import save_adapter
-from ..convert.output import new_folder
+from ..convert.output import new_folder, write_json
 from ..convert.source import Source, read_json
 from .options import ModelOptions
 
@@ -51,8 +51,10 @@ def write_checkpoint(
     for name, tensor in stored.items():
         check_finite(name, tensor, "the trained model")
     with new_folder(folder, overwrite) as partial:
-        model.config.dtype = model.config.text_config.dtype = model.config.vision_config.dtype = dtype
+        model.config.text_config.dtype = model.config.vision_config.dtype = dtype
         model.save_pretrained(partial, state_dict=stored)
+        config = read_json(partial / "config.json")  # save_pretrained has put the dtype of training there
+        write_json(partial / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
         processor.save_pretrained(partial)
 
 

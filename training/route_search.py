@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST_SKIPPED = 0.65  # share of the layers that a candidate skips at most
 BISECTIONS = 40
 MOST_PRICE = 10.0  # nats; a negative price holds back routes that are better although they skip
 
@@ -36,9 +35,14 @@ class RoutePool:
 
 
 def search_routes(
-    measure: Callable[[Tensor], Tensor], num_layers: int, routed_layers: Sequence[int], size: int, seed: int = 0
+    measure: Callable[[Tensor], Tensor],
+    num_layers: int,
+    routed_layers: Sequence[int],
+    size: int,
+    most_skipped: int,
+    seed: int = 0,
 ) -> RoutePool:
-    """Measures every layer's absence, then routes one or two layers away from what is best for some example.
+    """Measures every layer's absence, then routes that single layers promise, and those near what is best so far.
 
     All routes are measured if there are no more than `size`. Which are tried follows from the losses and the seed
     alone, so all processes of a run try the same ones.
@@ -47,9 +51,11 @@ def search_routes(
         measure: route (L,) bool to losses (N,); bounded, or one lost example outweighs all others.
         routed_layers: layers that may be skipped.
         size: routes to measure.
+        most_skipped: layers that a route skips at most.
+    Raises: ValueError if `size` is used up by single layers.
     """
     rng = random.Random(seed)
-    most = max(1, int(MOST_SKIPPED * num_layers))
+    most = min(most_skipped, len(routed_layers))
     found: dict[tuple[bool, ...], Tensor] = {}
 
     def try_route(skipped: Iterable[int]) -> bool:
@@ -65,16 +71,34 @@ def search_routes(
             for skipped in itertools.combinations(routed_layers, number):
                 try_route(skipped)
         return pool_of(found)
+    if size < 2 * (len(routed_layers) + 1):
+        raise ValueError(
+            f"{size} routes to search are too few for {len(routed_layers)} layers with a router: the first "
+            f"{len(routed_layers) + 1} leave out one layer each; take {3 * (len(routed_layers) + 1)} or more"
+        )
     try_route(())
     for layer in routed_layers:
         try_route((layer,))
+    cost = torch.stack([*found.values()], dim=1)
+    cost = cost[:, 1:] - cost[:, :1]  # (N, layers): what each example loses without one layer
     while len(found) < size:
-        route = promising_route(pool_of(found), rng)
-        changed = rng.choices(routed_layers, k=rng.choice((1, 1, 2)))
-        near = {layer for layer in range(num_layers) if not route[layer]}.symmetric_difference(changed)
+        if rng.random() < 0.5:
+            near = cheapest_layers(cost, routed_layers, rng.randint(2, most) if most > 1 else 1, rng)
+        else:
+            route = promising_route(pool_of(found), rng)
+            changed = rng.choices(routed_layers, k=rng.choice((1, 1, 2)))
+            near = {layer for layer in range(num_layers) if not route[layer]}.symmetric_difference(changed)
         if not try_route(near):  # known: look further away
-            try_route(rng.sample(routed_layers, rng.randint(1, min(most, len(routed_layers)))))
+            try_route(rng.sample(routed_layers, rng.randint(1, most)))
     return pool_of(found)
+
+
+def cheapest_layers(cost: Tensor, routed_layers: Sequence[int], number: int, rng: random.Random) -> list[int]:
+    """The layers without which one example and a few beside it lose least, if losses added up."""
+    count = len(cost)
+    one, beside = rng.randrange(count), rng.sample(range(count), min(8, count))
+    order = ((cost[one] + cost[beside].mean(dim=0)) / 2).argsort()
+    return [routed_layers[place] for place in order[:number].tolist()]
 
 
 def pool_of(found: dict[tuple[bool, ...], Tensor]) -> RoutePool:

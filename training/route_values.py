@@ -11,7 +11,8 @@ from torch import Tensor
 from .route_search import price_of
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-CORRECTION = 0.02  # per batch, of the distance between what routers skip and the target
+HALF_LIFE = 1000  # questions measured along a route after which older ones count half: adapters go on learning
+CORRECTION = 0.001  # per question, of the distance between what routers skip and the target
 NUM_FEATURES = 256  # wider states are projected at random, so that the sums stay small
 
 
@@ -42,9 +43,16 @@ class Reading:
 
     @classmethod
     def of(cls, sample: Tensor) -> "Reading":
-        """From features (N, 2 D) of some questions."""
+        """From features (N, 2 D) of some questions.
+
+        Raises: ValueError if there is only one.
+        """
         sample = sample.float().cpu()
-        return cls(sample.mean(dim=0), sample.std(dim=0) + 1e-6)
+        if len(sample) < 2:
+            raise ValueError(f"routes are searched on {len(sample)} questions, expected 2 at least: give more examples")
+        scale = sample.std(dim=0)
+        # What hardly varies in the sample (pictures in text-only data) must not count for more than all the rest.
+        return cls(sample.mean(dim=0), scale.clamp(min=0.1 * scale.mean().item() + 1e-6))
 
     def __call__(self, features: Tensor) -> Tensor:
         """(N, 2 D) to (N, F + 1), rows of length about 1 and a 1 at the end."""
@@ -80,15 +88,15 @@ class RouteValues:
     Args:
         routes: (M, L) bool.
         target_skip_ratio: wanted in the mean over questions.
+        size: F + 1.
         ridge: of `expected_losses`.
-        memory: share of the sums that is left after each `observe`: the adapters learn, old losses are too high.
     """
 
     NUM_RECENT = 1024
 
-    def __init__(self, routes: Tensor, target_skip_ratio: float, size: int, ridge: float, memory: float = 0.99):
+    def __init__(self, routes: Tensor, target_skip_ratio: float, size: int, ridge: float):
         self.skip_ratio = 1 - routes.float().mean(dim=1)
-        self.target_skip_ratio, self.ridge, self.memory = target_skip_ratio, ridge, memory
+        self.target_skip_ratio, self.ridge = target_skip_ratio, ridge
         self.squares = torch.zeros(len(routes), size, size)
         self.products = torch.zeros(len(routes), size)
         self.recent = torch.zeros(0, size)  # questions that the price is found on
@@ -96,14 +104,18 @@ class RouteValues:
 
     def observe(self, read: Tensor, losses: Tensor, measured: Tensor) -> None:
         """Remember losses (N, M) of questions (N, F + 1), those along routes `measured` (M,) bool; fit with `fit`."""
-        add = measured.float()
-        self.squares = self.squares * self.memory + add[:, None, None] * (read.T @ read)
-        self.products = self.products * self.memory + add[:, None] * (losses.T @ read)
+        left = 0.5 ** (len(read) / HALF_LIFE)
+        self.squares[measured] = self.squares[measured] * left + read.T @ read
+        self.products[measured] = self.products[measured] * left + losses.T[measured] @ read
         self.recent = torch.cat([self.recent, read])[-self.NUM_RECENT :]
 
-    def correct(self, realised: float) -> None:
-        """Aim higher or lower where routers skip less or more than the target: they imitate, and not without errors."""
-        step = CORRECTION * (self.target_skip_ratio - realised)
+    def correct(self, realised: Tensor) -> None:
+        """Aim higher or lower where routers skip less or more than the target: they imitate, and not without errors.
+
+        Args:
+            realised: (N,) share of the layers that they skip for some questions.
+        """
+        step = CORRECTION * (self.target_skip_ratio - realised).sum().item()
         self.aimed = min(max(self.aimed + step, 0.0), 2 * self.target_skip_ratio)
 
     def fit(self) -> None:

@@ -231,7 +231,7 @@ def make_teacher(options: Options) -> RouteTeacher | None:
     routing = options.routing
     if routing.schedule != "taught":
         return None
-    names = ("num_routes", "searched_routes", "searched_examples", "measured_routes")
+    names = ("num_routes", "searched_routes", "searched_examples", "measured_routes", "max_loss")
     teaching = Teaching(**{name: getattr(routing, name) for name in names})
     return RouteTeacher(routing.target_skip_ratio, teaching, options.training.seed)
 
@@ -257,6 +257,28 @@ def learning_rates(options: Options) -> dict[str, float]:
         "routing_tokens": routing.router_learning_rate,
     } | ({} if base is None else {base: routing.base_learning_rate})
     return {group: plain if rate is None else rate for group, rate in rates.items()}
+
+
+def check_learning(schedule, rates: dict[str, float], steps: int, model) -> None:
+    """Raises: ValueError if a group has no stage to learn in, or layers with a router are fewer than the target."""
+    progress = [step / steps for step in range(steps)]
+    idle = [
+        group
+        for group in rates
+        if not any(schedule.trains("base" if group == "lora" else group, share) for share in progress)
+    ]
+    if idle:
+        raise ValueError(
+            f"{', '.join(idle)} would never learn: no stage for them in {steps} steps; move the ends of the stages "
+            "(taught_end, soft_end), or take more steps"
+        )
+    layers = model.model.language_model.layers
+    routed = sum(layer.router is not None for layer in layers) / len(layers)
+    if routed < schedule.target_skip_ratio:
+        raise ValueError(
+            f"{routed:.0%} of the layers have a router, so the target of {schedule.target_skip_ratio:.0%} cannot be "
+            "skipped: name more routed_layers, or ask for less"
+        )
 
 
 def stages_in_steps(schedule, steps: int) -> list[tuple[int, str, int, int]]:

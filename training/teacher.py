@@ -8,7 +8,8 @@ happened to lose, and a price per skipped layer, the same for all questions, mee
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .route_search import RoutePool, choose_routes, search_routes
 from .route_values import Reading, RouteValues, expected_losses, question_features
 
 RANDOM, TAUGHT, OWN = range(3)
-UNSURE_BATCHES = 20  # taught at first, in which routers do not yet decide as they will
+UNSURE_QUESTIONS = 500  # taught at first, on which routers do not yet decide as they will
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,15 @@ class Teaching:
         measured_routes: routes along which every batch is run once more, without gradients, to learn their losses:
             each costs a forward pass.
         max_loss: nats; losses above count as this.
-        refit_every: batches between two fits of the predicted losses.
+        refit_every: questions between two fits of the predicted losses.
     """
 
     num_routes: int = 8
     searched_routes: int = 96
-    searched_examples: int = 240
+    searched_examples: int = 128
     measured_routes: int = 1
     max_loss: float = 3.0
-    refit_every: int = 10
+    refit_every: int = 240
 
     def __post_init__(self):
         for name in ("num_routes", "searched_routes", "searched_examples", "measured_routes", "refit_every"):
@@ -108,6 +109,10 @@ class TaughtObjective:
 
     imitation_weight: float = 1.0
 
+    def __post_init__(self):
+        if not self.imitation_weight > 0:
+            raise ValueError(f"imitation_weight must be positive, got {self.imitation_weight}: routers would not learn")
+
     def loss(self, outputs, labels: Tensor, stage: int) -> Tensor:
         """Scalar loss of a batch; arguments as in `Objective.loss`."""
         loss = mean_over_labelled(token_loss_per_example(outputs.logits, labels), labels)
@@ -134,7 +139,7 @@ class RouteTeacher:
     def __init__(self, target_skip_ratio: float, teaching: Teaching | None = None, seed: int = 0):
         self.target_skip_ratio, self.teaching, self.seed = target_skip_ratio, teaching or Teaching(), seed
         self.routes: Tensor | None = None  # (M, L)
-        self.explained, self.batches = 0.0, 0
+        self.explained, self.batches, self.questions, self.unfitted = 0.0, 0, 0, 0
         self.pool: RoutePool | None = None  # what the search measured; not kept in checkpoints
 
     @property
@@ -142,29 +147,42 @@ class RouteTeacher:
         """Whether routes were searched."""
         return self.routes is not None
 
-    def search(self, model, batches: Sequence[dict]) -> None:
-        """Find routes on this process's batches (inputs with labels) and those of all other processes."""
-        features = []
-        full = torch.ones(model.config.text_config.num_hidden_layers, dtype=torch.bool)
-        for batch in batches:
-            features.append(measured(model, batch, full, self.teaching.max_loss)[1])
-        reading = Reading.of(gathered(torch.cat(features)))
-        read = reading(gathered(torch.cat(features)))
-        layers = model.model.language_model.layers
-        routed = [number for number, layer in enumerate(layers) if layer.router is not None]
-        with tqdm(total=self.teaching.searched_routes, desc="searching routes", leave=False) as bar:
+    def search(self, model, batches: Sequence[dict], prepare: Callable[[dict], dict] = dict, quiet=False) -> None:
+        """Find routes.
+
+        Args:
+            batches: this process's inputs with labels; every process has as many.
+            prepare: puts a batch onto the model's device, when it is used.
+            quiet: show no progress.
+        Raises: ValueError if no route skips the target.
+        """
+
+        def along(route: Tensor, part: int) -> Tensor:
+            rows = [measured(model, prepare(batch), route, self.teaching.max_loss)[part] for batch in batches]
+            return gathered(torch.cat(rows))
+
+        num_layers = model.config.text_config.num_hidden_layers
+        features = along(torch.ones(num_layers, dtype=torch.bool), 1)
+        reading = Reading.of(features)
+        read = reading(features)
+        routed = [number for number, layer in enumerate(model.model.language_model.layers) if layer.router is not None]
+        size, most = self.teaching.searched_routes, most_skipped(self.target_skip_ratio, num_layers)
+        with tqdm(total=size, desc="searching routes", leave=False, disable=quiet) as bar:
 
             def measure(route: Tensor) -> Tensor:
                 bar.update()
-                limit = self.teaching.max_loss
-                return gathered(torch.cat([measured(model, batch, route, limit)[0] for batch in batches]))
+                return along(route, 0)
 
-            pool = self.pool = search_routes(measure, len(full), routed, self.teaching.searched_routes, self.seed)
+            pool = self.pool = search_routes(measure, num_layers, routed, size, most, self.seed)
+        if pool.skip_ratio.max() < self.target_skip_ratio:
+            raise ValueError(
+                f"the routes that were searched skip {pool.skip_ratio.max():.0%} of the layers at most, the target is "
+                f"{self.target_skip_ratio:.0%}: give more layers a router (routed_layers), or ask for less"
+            )
         expected, ridge, self.explained = expected_losses(read, pool.losses)
-        self._begin(
-            choose_routes(pool, expected, self.target_skip_ratio, self.teaching.num_routes), reading, read, ridge
-        )
-        number = [pool.routes.tolist().index(route) for route in self.routes.tolist()]
+        routes = choose_routes(pool, expected, self.target_skip_ratio, self.teaching.num_routes)
+        self._begin(routes, reading, read, ridge)
+        number = [pool.routes.tolist().index(route) for route in routes.tolist()]
         self.values.observe(read, pool.losses[:, number], torch.ones(len(number), dtype=torch.bool))
         self.values.fit()
 
@@ -186,10 +204,13 @@ class RouteTeacher:
             losses = torch.zeros(len(loss), len(self.routes)) if not len(losses) else losses
             losses[:, number] = loss
         read = self.reading(features)
-        self.values.observe(gathered(read), gathered(losses), chosen)
-        if self.batches % self.teaching.refit_every == 0:
+        everyones = gathered(read)
+        self.values.observe(everyones, gathered(losses), chosen)
+        self.batches, self.questions = self.batches + 1, self.questions + len(everyones)
+        self.unfitted += len(everyones)
+        if self.unfitted >= self.teaching.refit_every:
             self.values.fit()
-        self.batches += 1
+            self.unfitted = 0
         given = torch.ones(*exists.shape, self.routes.shape[1], dtype=torch.bool)
         given[exists.cpu()] = self.routes[self.values.choose(read)]
         return given
@@ -198,8 +219,16 @@ class RouteTeacher:
         """Look at what the routers themselves decided on a batch that was taught."""
         skips = outputs.turn_router_logits[..., 1] >= outputs.turn_router_logits[..., 0]
         decided = gathered(skips[outputs.turn_mask].float().mean(dim=1).cpu())
-        if self.batches > UNSURE_BATCHES:
-            self.values.correct(decided.mean().item())
+        if self.questions > UNSURE_QUESTIONS:
+            self.values.correct(decided)
+
+    def describe(self) -> dict | None:
+        """What was found, for a record; `None` before the search."""
+        if not self.is_ready:
+            return None
+        marks = ["".join("x" if runs else "-" for runs in route) for route in self.routes.tolist()]
+        numbers = {"explained": self.explained, "price": self.values.price, "aimed_skip_ratio": self.values.aimed}
+        return {"routes": marks, **{name: round(number, 4) for name, number in numbers.items()}}
 
     def _measured_now(self) -> Tensor:
         """(M,) bool: which routes to measure, the same on every process."""
@@ -210,6 +239,7 @@ class RouteTeacher:
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     FILE = "route_teacher.safetensors"
+    COUNTS = ("batches", "questions", "unfitted")
     OF_VALUES = ("squares", "products", "recent", "weights")
 
     def save(self, folder: str | Path) -> None:
@@ -223,7 +253,8 @@ class RouteTeacher:
                 "explained": self.explained,
             }
             tensors |= {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
-            tensors |= {"routes": self.routes, "batches": torch.tensor(self.batches)}
+            counts = {name: torch.tensor(getattr(self, name)) for name in self.COUNTS}
+            tensors |= {"routes": self.routes, **counts}
             save_file(
                 tensors | {"mean": self.reading.mean, "scale": self.reading.scale},
                 Path(folder) / self.FILE,
@@ -241,7 +272,8 @@ class RouteTeacher:
             setattr(self.values, name, saved[name])
         self.values.price, self.values.aimed = saved["price"].item(), saved["aimed"].item()
         self.explained = saved["explained"].item()
-        self.batches = int(saved["batches"])
+        for name in self.COUNTS:
+            setattr(self, name, int(saved[name]))
 
 
 @torch.no_grad()
@@ -277,12 +309,13 @@ def turn_losses(logits: Tensor, labels: Tensor, segments: Tensor, num_turns: int
         segments: (B, S) routing segments.
         num_turns: T.
     """
-    targets = labels[:, 1:].to(logits.device)
-    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
-    turns = turns_of_tokens(segments.to(logits.device))[:, 1:]
-    zeros = losses.new_zeros(len(losses), num_turns + 1)
-    total = zeros.scatter_add(1, turns, losses)
-    count = zeros.scatter_add(1, turns, (targets != -100).float())
+    labels = labels.to(logits.device)
+    rows, places = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # few: no float copy of all logits
+    losses = nn.functional.cross_entropy(logits[rows, places].float(), labels[rows, places + 1], reduction="none")
+    turns = turns_of_tokens(segments.to(logits.device))[rows, places + 1]
+    zeros = losses.new_zeros(len(labels), num_turns + 1)
+    total = zeros.index_put((rows, turns), losses, accumulate=True)
+    count = zeros.index_put((rows, turns), torch.ones_like(losses), accumulate=True)
     return (total / count.clamp(min=1))[:, 1:]
 
 
@@ -298,6 +331,11 @@ def first_layer_input(model) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         hook.remove()
+
+
+def most_skipped(target_skip_ratio: float, num_layers: int) -> int:
+    """Layers that a route skips at most: twice the target, since routes far behind it are of no use."""
+    return max(2, min(int(0.65 * num_layers), math.ceil(2 * target_skip_ratio * num_layers)))
 
 
 def gathered(rows: Tensor) -> Tensor:

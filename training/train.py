@@ -66,6 +66,7 @@ def prepare(options: Options) -> Run:
     model, wrapped = setup.load_model(options.model, source, options.routing.target_skip_ratio, args.bf16)
     setup.check_vocabulary(model, processor, source.folder)
     schedule, objective, collate = setup.schedule_and_objective(options, steps, model, data.collate)
+    setup.check_learning(schedule, rates, steps, model)
     base = setup.describe_source(source)
     record = make_record(options, steps, len(data.train), base)
     if checkpoint is not None:
@@ -157,11 +158,22 @@ def summary(run: Run) -> dict:
         "train_base": run.options.model.train_base,
         "target_skip_ratio": run.options.routing.target_skip_ratio,
         "bad_rows": run.data.num_bad,
+        "teaching": None if run.trainer.teacher is None else run.trainer.teacher.describe(),
         "measured": measured,
     }
 
 
 # ---------------------------------------------------------------------------------------------------- what is printed
+
+
+def cost_of_search(run: Run) -> str:
+    teaching, args = run.trainer.teacher.teaching, run.options.training
+    examples = min(teaching.searched_examples, len(run.data.train))
+    passes = teaching.searched_routes * examples
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    worth = max(1, round(passes / rows / 3))  # forward and backward pass of a step cost three forward passes
+    text = f"{teaching.searched_routes} routes on {examples} conversations, once: as long as about {worth} steps"
+    return f"{text}; then {teaching.measured_routes} forward pass(es) more per taught batch"
 
 
 class BriefProgress(ProgressCallback):
@@ -207,6 +219,7 @@ def plan(run: Run) -> list[str]:
         f"{args.per_device_train_batch_size} rows x {args.gradient_accumulation_steps} x {args.world_size} process(es)"
     )
     going_on = [] if run.checkpoint is None else [f"goes on    from {run.checkpoint}"]
+    going_on += [] if run.trainer.teacher is None else [f"search     {cost_of_search(run)}"]
     return [
         f"data       {len(data.train)} conversations to train on, {evaluated} for evaluation{left_out}",
         f"model      {run.source.folder}, base {run.options.model.train_base}",

@@ -215,7 +215,11 @@ class RoeTrainer(Trainer):
     def give_routes(self, inputs: dict) -> None:
         """Set the teacher's routes for a batch; the first time, they are searched on a sample of the training data."""
         if not self.teacher.is_ready:
-            self.teacher.search(self.model, self.search_batches())
+            quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+            self.teacher.search(self.model, self.search_batches(), self._prepare_inputs, quiet)
+            if not quiet:
+                found = self.teacher.describe()
+                print(f"routes found: {' '.join(found['routes'])}; {found['explained']:.0%} of losses foreseeable")
         self.model.model.routing_phase = RoutingPhase("given", routes=self.teacher.teach(self.model, inputs))
 
     def search_batches(self) -> list[dict]:
@@ -234,7 +238,7 @@ class RoeTrainer(Trainer):
         own = indices[rank * share : (rank + 1) * share]
         step = self.args.per_device_train_batch_size
         examples = [[self.train_dataset[i] for i in own[start : start + step]] for start in range(0, len(own), step)]
-        return [self._prepare_inputs(self.data_collator(part)) for part in examples]
+        return [self.data_collator(part) for part in examples]
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """As in `Trainer`, under hard routing; its skip ratio is among the metrics."""
@@ -306,6 +310,10 @@ def check_arguments(args) -> None:
         raise ValueError(
             "torch_compile: a training pass keeps its routes in an object that is not compiled; leave it out"
         )
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError("use_reentrant=True loses the gradients of routing tokens: leave it out, or set it False")
+    if args.auto_find_batch_size:
+        raise ValueError("auto_find_batch_size starts over with other batches, which the stages cannot: choose a size")
     if args.use_liger_kernel:
         raise ValueError("use_liger_kernel replaces the forward pass whose logits RoE's loss needs: leave it out")
 
