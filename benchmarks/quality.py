@@ -29,7 +29,7 @@ from ..training.route_search import RoutePool, price_of
 from ..training.route_values import Reading, expected_losses
 from ..training.schedule import StageSchedule
 from ..training.teacher import RouteTeacher, Teaching, measured
-from .environment import command_line, describe_machine
+from .environment import command_line, describe_machine, git_commit
 from .quality_report import draw_all, page, summarise
 from .report import check_out
 
@@ -273,7 +273,8 @@ def do_runs(args, runs: list[Run], folder: Path) -> Iterator[tuple[Run, dict]]:
         else:
             print(f"{run.name} ...", flush=True)
             result = search(args, run) if run.method == "search" else trained(args, run, folder)
-            result = {"method": run.method, "target": run.target, "seed": run.seed, "made_with": made_with} | result
+            about = {"method": run.method, "target": run.target, "seed": run.seed, "commit": git_commit()}
+            result = about | {"made_with": made_with} | result
             replace_json(path, result)
         yield run, result
 

@@ -36,6 +36,7 @@ def test_every_method_runs_and_decides_as_it_should(done):
     by_name = {Run(run["method"], run["target"], run["seed"]).name: run for run in result["runs"]}
     assert set(by_name) == {run.name for run in all_runs([0], (0.1, 0.3), result["num_layers"])}
     assert result == json.loads((folder / "quality.json").read_text())
+    assert all(run["commit"] for run in result["runs"])
     dropped = round(0.3 * result["num_layers"])
     static = by_name[Run("static", dropped / result["num_layers"], 0).name]
     assert list(static["routes"].values()) == [1.0] and static["skip_ratio"] == pytest.approx(
