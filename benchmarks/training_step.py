@@ -10,6 +10,8 @@ dense: the stock decoder with RoE's adapters kept on the residual path of every 
 dense again: the same once more; what its ratio differs from 1 by is noise.
 stock: stock LLaVA, where the base trains: without the adapters' 4 % of parameters and arithmetic.
 random, soft, hard: RoE in its three stages, with the example budget; hard has Gumbel noise.
+given: routes are given and routers imitate them, 30 % skipped.
+taught: given, and the batch is run along one more route without gradients, as teaching does at every step.
 
 Recipes: `full` trains base (all but the vision tower) and new parts, `frozen` the new parts alone.
 """
@@ -35,6 +37,7 @@ from ..convert.verify_prompts import stock_twin
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from ..routing_roe import RoutingPhase, token_loss_per_example
 from ..training.objective import Objective, mean_over_labelled
+from ..training.teacher import TAUGHT, TaughtObjective, measured
 from ..training.trainer import group_of, parameter_groups
 from .environment import command_line, describe_machine, describe_run
 from .measure import quartiles
@@ -52,7 +55,9 @@ RECIPES = {
     "full": ("adapter", "router", "routing_tokens", "base"),
     "frozen": ("adapter", "router", "routing_tokens"),
 }
-SYSTEMS = ("dense", "dense again", "stock", *PHASES)
+TAUGHT_SYSTEMS = ("given", "taught")
+SKIPPED = 0.3  # of the layers, by given and measured routes
+SYSTEMS = ("dense", "dense again", "stock", *PHASES, *TAUGHT_SYSTEMS)
 WARM_UP = 2  # steps of every system that do not count
 
 
@@ -147,7 +152,7 @@ class Step:
     def __init__(self, name: str, model: PreTrainedModel, batch: tuple, groups: Sequence[str]):
         self.name, self.model = name, model.train()
         inputs, segments, self.labels = batch
-        self.is_routed = name in PHASES
+        self.is_routed = name in (*PHASES, *TAUGHT_SYSTEMS)
         self.inputs = inputs | ({"routing_segments": segments} if self.is_routed else {})
         kept = [name for name, _ in model.named_parameters()]
         present = [group for group in groups if any(group_of(name) == group for name in kept)]
@@ -155,16 +160,28 @@ class Step:
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def __call__(self) -> None:
-        if self.is_routed:
+        if self.name == "taught":
+            measured(self.model, self.inputs | {"labels": self.labels}, self.routes()[0, 0], max_loss=3.0)
+        if self.name in TAUGHT_SYSTEMS:
+            self.model.model.routing_phase = RoutingPhase("given", routes=self.routes())
+        elif self.is_routed:
             self.model.model.routing_phase = PHASES[self.name]
         outputs = self.model(**self.inputs, use_cache=False)
-        if self.is_routed:
+        if self.name in TAUGHT_SYSTEMS:
+            loss = TaughtObjective().loss(outputs, self.labels, TAUGHT)
+        elif self.is_routed:
             loss = Objective(0.3).loss(outputs, self.labels, stage=1)
         else:
             loss = mean_over_labelled(token_loss_per_example(outputs.logits, self.labels), self.labels)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def routes(self) -> Tensor:
+        """(B, 1, L) bool: every row skips other layers."""
+        rows, layers = len(self.labels), self.model.config.text_config.num_hidden_layers
+        order = torch.rand(rows, 1, layers, generator=torch.Generator().manual_seed(0)).argsort(dim=-1)
+        return order >= round(SKIPPED * layers)
 
 
 def steps_of(shape: Shape, recipe: str, device: torch.device) -> list[Step]:
@@ -176,15 +193,15 @@ def steps_of(shape: Shape, recipe: str, device: torch.device) -> list[Step]:
     batch = batch_of(shape, config, device)
 
     def system(name: str) -> Step:
-        if name in PHASES:
+        if name in (*PHASES, *TAUGHT_SYSTEMS):
             return Step(name, copy.deepcopy(roe), batch, RECIPES[recipe])
         stock = copy.deepcopy(stock_twin(roe))
         return Step(name, stock if name == "stock" else with_adapters(stock, roe), batch, RECIPES[recipe])
 
     chosen = [name for name in SYSTEMS if recipe == "full" or name != "stock"]  # frozen, stock trains nothing
-    again = {name: system(name) for name in chosen if name not in ("dense again", "soft", "hard")}
     # The same model and optimizer under another name: what differs is the phase, or nothing.
-    shared = {"dense again": "dense", "soft": "random", "hard": "random"}
+    shared = {"dense again": "dense"} | dict.fromkeys(("soft", "hard", *TAUGHT_SYSTEMS), "random")
+    again = {name: system(name) for name in chosen if name not in shared}
     return [again[name] if name in again else renamed(again[shared[name]], name) for name in chosen]
 
 

@@ -220,7 +220,8 @@ class RoeTrainer(Trainer):
             if not quiet:
                 found = self.teacher.describe()
                 print(f"routes found: {' '.join(found['routes'])}; {found['explained']:.0%} of losses foreseeable")
-        self.model.model.routing_phase = RoutingPhase("given", routes=self.teacher.teach(self.model, inputs))
+        routes = self.teacher.teach(self.model, inputs).to(self.args.device)
+        self.model.model.routing_phase = RoutingPhase("given", routes=routes)
 
     def search_batches(self) -> list[dict]:
         """This process's part of the examples that routes are searched on, spread evenly over the training data.
