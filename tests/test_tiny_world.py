@@ -120,6 +120,23 @@ def test_the_shipped_model_answers_as_recorded(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
+def test_layers_are_cut_out_of_a_base():
+    whole = train_base.LlavaForConditionalGeneration.from_pretrained(SHIPPED / "base", dtype=torch.float32)
+    model, processor, seen = train_base.cut_base(SHIPPED / "base", [1, 3])
+    kept = [layer for number, layer in enumerate(whole.model.language_model.layers) if number not in (1, 3)]
+    layers = model.model.language_model.layers
+    assert len(layers) == len(kept) == model.config.text_config.num_hidden_layers
+    for number, (layer, original) in enumerate(zip(layers, kept, strict=True)):
+        assert layer.self_attn.layer_idx == number
+        assert torch.equal(layer.mlp.up_proj.weight, original.mlp.up_proj.weight)
+    assert seen["kind"] > 0.9 and processor.chat_template
+    examples = evaluate.family_examples("object", 2)
+    assert len(evaluate.answer(model, processor, examples)) == 2  # caches fit
+    assert not any(parameter.requires_grad for parameter in model.model.vision_tower.parameters())
+    with pytest.raises(ValueError, match=r"--cut \[99\]: the base has layers 0 to"):
+        train_base.cut_base(SHIPPED / "base", [99])
+
+
 @pytest.mark.slow
 def test_the_base_trains_from_scratch_by_one_command(tmp_path, capsys):
     words = f"{tmp_path / 'base'} --steps 6 --vision-steps 20 --projector-steps 10 --layers 2 --hidden-size 128"

@@ -9,7 +9,8 @@ loadable model in OUT.partial.
 Such a base has layers that it hardly uses, which anyone could leave out for good. The shipped one has none left: they
 were cut out of a trained base, which then learned on, by
 
-    python -m roe_llava.examples.tiny_world.train_base OUT --start BASE --cut 5 6 7 --steps 800 --learning-rate 6e-4
+    python -m roe_llava.examples.tiny_world.train_base OUT --start BASE --cut 5 6 7 --steps 800 --learning-rate 6e-4 \\
+        --families object where color digit larger count compare add
 """
 
 import argparse
@@ -176,7 +177,7 @@ def cut_base(start: Path, cut: list[int]):
 
     Raises: ValueError for a layer that it does not have.
     """
-    processor = transformers.AutoProcessor.from_pretrained(start)
+    processor = build_processor()
     model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     model.model.vision_tower.requires_grad_(False)
     decoder, text = model.model.language_model, model.config.text_config

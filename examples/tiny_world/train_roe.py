@@ -237,9 +237,9 @@ def summary(args, minutes: float, results: dict) -> dict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="adapter folder to write")
     parser.add_argument("--base", type=Path, default=BASE, help="base checkpoint (default: the shipped one)")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=24, help="conversations per step (default: %(default)s)")
-    parser.add_argument("--target-skip-ratio", type=float, default=0.22, help="wanted share of layers skipped")
+    parser.add_argument("--target-skip-ratio", type=float, default=0.3, help="wanted share of layers skipped")
     parser.add_argument("--adapter-size", type=int, default=64, help="hidden width of the adapters")
     parser.add_argument("--per-family", type=int, default=250, help="held-out questions per family")
     parser.add_argument("--seed", type=int, default=0)
