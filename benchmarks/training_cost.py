@@ -194,6 +194,8 @@ def assumptions(widths: dict[str, str]) -> list[str]:
         "assumption: the ranks' communication is in it, and one GPU may do better. Reading images is not.",
         "`full` moves the base in its last stage alone, but computes its gradients from the first step on. `published` "
         "is that recipe with other masks and means, at the same cost.",
+        "The search for routes, and the forward passes that teaching measures them with, are not counted: "
+        "`roe-llava train --dry_run` says what they are worth in steps.",
         "Fragmentation, the CUDA context and libraries take some GB more.",
         "ZeRO-3 has not been run: only accelerate's reading of its configuration is tested.",
     ]

@@ -5,8 +5,7 @@ import itertools
 import pytest
 import tiny
 import torch
-from test_trainer import RATES, rows, stack
-from transformers import TrainingArguments
+from test_trainer import RATES, rows, stack, trainer_for
 
 from roe_llava import RoutingPhase
 from roe_llava.routing_roe import path_weights
@@ -24,7 +23,6 @@ from roe_llava.training.teacher import (
     measured,
     turn_losses,
 )
-from roe_llava.training.trainer import RoeTrainer
 
 # ------------------------------------------------------------------------------------------------------------ planted
 # Two kinds of questions over six layers: kind 0 needs layers 1 and 2, kind 1 layers 3 and 4; nobody needs layer 5.
@@ -369,25 +367,13 @@ TEACHING = Teaching(num_routes=4, searched_routes=10, searched_examples=6, refit
 
 
 def taught_trainer(model, folder, schedule=None, teacher=True, **settings):
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=8,
-        logging_steps=2,
-        report_to=[],
-        remove_unused_columns=False,
-        use_cpu=True,
-        disable_tqdm=True,
-        **{"save_strategy": "no", "per_device_train_batch_size": 2, **settings},
-    )
-    return RoeTrainer(
+    return trainer_for(
         model,
+        folder,
         schedule=schedule or TaughtSchedule(warmup_end=0.25, taught_end=0.75),
         objective=TaughtObjective(),
-        rates=RATES,
         teacher=RouteTeacher(0.3, TEACHING) if teacher else None,
-        args=arguments,
-        train_dataset=rows(),
-        data_collator=stack,
+        **settings,
     )
 
 

@@ -177,7 +177,16 @@ def stack(examples):
 
 
 def trainer_for(
-    model, folder, steps=8, schedule=None, objective=None, rates=RATES, collate=stack, trained_only=False, **settings
+    model,
+    folder,
+    steps=8,
+    schedule=None,
+    objective=None,
+    rates=RATES,
+    collate=stack,
+    trained_only=False,
+    teacher=None,
+    **settings,
 ):
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -196,6 +205,7 @@ def trainer_for(
         objective=objective or Objective(0.3, budget="batch", information_weight=0.1),
         rates=rates,
         trained_only=trained_only,
+        teacher=teacher,
         args=arguments,
         train_dataset=rows(),
         eval_dataset=rows(),

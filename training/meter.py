@@ -30,7 +30,7 @@ class RoutingMeter:
         self._sum("examples", examples)
         if outputs.turn_router_logits is not None:
             mask, logits = outputs.turn_mask, outputs.turn_router_logits
-            self._sum("skips", (logits[..., 1] >= logits[..., 0])[mask].float().sum(dim=0))
+            self._sum("skips", hard_skips(logits)[mask].float().sum(dim=0))
             self._sum("skip_weights", outputs.turn_skip_weights[mask].float().sum(dim=0))
             self._sum("decisions", mask.sum().float())
         elif outputs.router_logits is not None:  # pinned routes are no decisions
@@ -67,6 +67,16 @@ class RoutingMeter:
 def token_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over examples of the mean cross entropy of their labelled tokens, in nats, and the number of examples.
 
+    Args: as in `labelled_losses`.
+    """
+    rows, _, losses = labelled_losses(logits, labels)
+    counts = torch.bincount(rows, minlength=len(labels))
+    return (losses / counts[rows]).sum(), (counts > 0).sum().float()
+
+
+def labelled_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, place and cross entropy in nats of every labelled token, (N,) each.
+
     Only labelled tokens are looked at, a few at a time: a second float32 copy of all logits would cost gigabytes.
 
     Args:
@@ -75,13 +85,16 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     labels = labels.to(logits.device)
     rows, places = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=len(labels))
-    total = logits.new_zeros((), dtype=torch.float32)
-    for row, place in zip(rows.split(TOKENS_AT_ONCE), places.split(TOKENS_AT_ONCE), strict=True):
-        targets = labels[row, place + 1]
-        losses = nn.functional.cross_entropy(logits[row, place].float(), targets, reduction="none")
-        total = total + (losses / counts[row]).sum()
-    return total, (counts > 0).sum().float()
+    losses = [
+        nn.functional.cross_entropy(logits[row, place].float(), labels[row, place + 1], reduction="none")
+        for row, place in zip(rows.split(TOKENS_AT_ONCE), places.split(TOKENS_AT_ONCE), strict=True)
+    ]
+    return rows, places + 1, torch.cat(losses)
 
 
-__all__ = ["RoutingMeter", "token_loss_sum"]
+def hard_skips(router_logits: Tensor) -> Tensor:
+    """(...) bool: what inference would skip, from raw router logits (..., 2)."""
+    return router_logits[..., 1] >= router_logits[..., 0]
+
+
+__all__ = ["RoutingMeter", "hard_skips", "labelled_losses", "token_loss_sum"]

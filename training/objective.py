@@ -111,10 +111,4 @@ def mean_over_labelled(losses: Tensor, labels: Tensor) -> Tensor:
     return (losses * labelled).sum() / labelled.sum().clamp(min=1)
 
 
-def hard_skip_ratio(outputs) -> float:
-    """Share of (question, layer) pairs that inference would skip, from a training batch's raw router logits."""
-    skips = outputs.turn_router_logits[..., 1] >= outputs.turn_router_logits[..., 0]
-    return skips[outputs.turn_mask].float().mean().item()
-
-
-__all__ = ["Objective", "hard_skip_ratio", "published_loss", "routing_information"]
+__all__ = ["Objective", "published_loss", "routing_information"]

@@ -50,8 +50,7 @@ class StageSchedule:
 
     def phase(self, progress: float) -> RoutingPhase:
         """How routers decide at this progress."""
-        # For uniform u, P(u_skip > u_keep + b) = (1 - b)**2 / 2, which is r when b = 1 - sqrt(2 r).
-        bias = 1.0 - math.sqrt(2.0 * self.target_skip_ratio)
+        bias = random_keep_bias(self.target_skip_ratio)
         stage = self.stage(progress)
         if stage == 0:
             return RoutingPhase("random", keep_bias=bias)
@@ -67,4 +66,9 @@ class StageSchedule:
         return self.stage(progress) >= first
 
 
-__all__ = ["StageSchedule"]
+def random_keep_bias(target_skip_ratio: float) -> float:
+    """b such that draws skip a share r: for uniform u, P(u_skip > u_keep + b) = (1 - b)**2 / 2."""
+    return 1.0 - math.sqrt(2.0 * target_skip_ratio)
+
+
+__all__ = ["StageSchedule", "random_keep_bias"]

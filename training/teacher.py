@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..routing_roe import RoutingPhase, token_loss_per_example, turns_of_tokens
+from .meter import hard_skips, labelled_losses
 from .objective import mean_over_labelled
 from .route_search import RoutePool, choose_routes, search_routes
 from .route_values import Reading, RouteValues, expected_losses, question_features
+from .schedule import random_keep_bias
 
 RANDOM, TAUGHT, OWN = range(3)
 UNSURE_QUESTIONS = 500  # taught at first, on which routers do not yet decide as they will
@@ -89,7 +91,7 @@ class TaughtSchedule:
         """How layers are chosen at this progress; while taught, the trainer fills in the batch's routes."""
         stage = self.stage(progress)
         if stage == RANDOM:
-            return RoutingPhase("random", keep_bias=1.0 - (2.0 * self.target_skip_ratio) ** 0.5)
+            return RoutingPhase("random", keep_bias=random_keep_bias(self.target_skip_ratio))
         return RoutingPhase("given") if stage == TAUGHT else RoutingPhase("hard")
 
     def trains(self, group: str, progress: float) -> bool:
@@ -217,7 +219,7 @@ class RouteTeacher:
 
     def see(self, outputs) -> None:
         """Look at what the routers themselves decided on a batch that was taught."""
-        skips = outputs.turn_router_logits[..., 1] >= outputs.turn_router_logits[..., 0]
+        skips = hard_skips(outputs.turn_router_logits)
         decided = gathered(skips[outputs.turn_mask].float().mean(dim=1).cpu())
         if self.questions > UNSURE_QUESTIONS:
             self.values.correct(decided)
@@ -309,10 +311,8 @@ def turn_losses(logits: Tensor, labels: Tensor, segments: Tensor, num_turns: int
         segments: (B, S) routing segments.
         num_turns: T.
     """
-    labels = labels.to(logits.device)
-    rows, places = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # few: no float copy of all logits
-    losses = nn.functional.cross_entropy(logits[rows, places].float(), labels[rows, places + 1], reduction="none")
-    turns = turns_of_tokens(segments.to(logits.device))[rows, places + 1]
+    rows, places, losses = labelled_losses(logits, labels)
+    turns = turns_of_tokens(segments.to(logits.device))[rows, places]
     zeros = losses.new_zeros(len(labels), num_turns + 1)
     total = zeros.index_put((rows, turns), losses, accumulate=True)
     count = zeros.index_put((rows, turns), torch.ones_like(losses), accumulate=True)

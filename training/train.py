@@ -239,7 +239,9 @@ def written(run: Run) -> list[str]:
         is_stock = read_json(run.source.folder / "config.json")["model_type"] == "llava"
         use = f"from_base({start}, {result})" if is_stock else f"from_pretrained({start}).load_routing({result})"
     shown = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary(run)["measured"].items()]
-    lines = [", ".join(shown), f"wrote {folder.result} (RoeLlavaForConditionalGeneration.{use})"]
+    found = None if run.trainer.teacher is None else run.trainer.teacher.describe()
+    lines = [] if found is None else [f"routes {' '.join(found['routes'])}, layer 0 first"]
+    lines += [", ".join(shown), f"wrote {folder.result} (RoeLlavaForConditionalGeneration.{use})"]
     if folder.report.is_dir():
         lines.append(f"wrote {folder.report / 'report.md'}")
     else:

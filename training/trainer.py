@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from ..routing_roe import RoutingPhase
 from .across_ranks import DrawsOfRank, look_at_every_batch
@@ -20,6 +21,8 @@ from .published import PublishedSchedule
 from .schedule import StageSchedule
 from .teacher import TAUGHT, RouteTeacher, TaughtObjective, TaughtSchedule
 from .trained_weights import load_trained, save_trained
+
+logger = logging.get_logger(__name__)
 
 # What optimizers that do their own grouping, or keep their own rates, leave in their arguments.
 OWN_GROUPS = {"params", "model", "optimizer_dict"}
@@ -217,9 +220,7 @@ class RoeTrainer(Trainer):
         if not self.teacher.is_ready:
             quiet = self.args.disable_tqdm or not self.is_world_process_zero()
             self.teacher.search(self.model, self.search_batches(), self._prepare_inputs, quiet)
-            if not quiet:
-                found = self.teacher.describe()
-                print(f"routes found: {' '.join(found['routes'])}; {found['explained']:.0%} of losses foreseeable")
+            logger.info(f"routes found: {self.teacher.describe()}")
         routes = self.teacher.teach(self.model, inputs).to(self.args.device)
         self.model.model.routing_phase = RoutingPhase("given", routes=routes)
 
