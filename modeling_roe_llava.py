@@ -50,6 +50,7 @@ from .routing_roe import (
 )
 
 logger = logging.get_logger(__name__)
+BATCHED = ("attention_mask", "position_ids", "position_embeddings")  # keywords with a row per example
 
 
 @dataclass
@@ -157,23 +158,23 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
             return self.full_path(tokens, routing, kwargs)
         if rows.none_kept:
             return self.skip_path(tokens)
-        batch_size = tokens.shape[0]
         kept, skipped = rows.kept.to(tokens.device), rows.skipped.to(tokens.device)
         if getattr(kwargs.get("past_key_values"), "holds_all_rows", False):
             return self.full_path(tokens, routing, kwargs).index_copy(0, skipped, self.skip_path(tokens[skipped]))
-        batched = ("attention_mask", "position_ids", "position_embeddings")
-        kept_kwargs = kwargs | {name: take_rows(kwargs.get(name), kept, batch_size) for name in batched}
         out = torch.empty_like(tokens)
-        out.index_copy_(0, kept, self.full_path(tokens[kept], routing, kept_kwargs, kept))
+        out.index_copy_(0, kept, self.full_path(tokens, routing, kwargs, kept))
         return out.index_copy_(0, skipped, self.skip_path(tokens[skipped]))
 
     def full_path(self, tokens: Tensor, routing: Routing, kwargs: dict, kept: Tensor | None = None) -> Tensor:
-        """The stock layer over ordinary and routing tokens of all or `kept` rows; routing tokens attend apart."""
+        """The stock layer over all tokens of all or n `kept` rows: (n, S + R, D). Routing tokens attend apart."""
+        batch_size = tokens.shape[0]
+        tokens = take_rows(tokens, kept, batch_size)
+        kwargs = kwargs | {name: take_rows(kwargs.get(name), kept, batch_size) for name in BATCHED}
         if is_compiled(self.self_attn):
             kwargs = kwargs | {"past_key_values": cache_of_layer(kwargs.get("past_key_values"), self.layer_idx)}
         if routing.states[self.layer_idx] is None:
             return super().forward(tokens, **kwargs)
-        visible, positions = take_rows((routing.visible, routing.position_embeddings), kept, routing.visible.shape[0])
+        visible, positions = take_rows((routing.visible, routing.position_embeddings), kept, batch_size)
         attention = RoutingAttention(kwargs.get("past_key_values"), visible)
         kwargs = kwargs | {
             "past_key_values": attention,
@@ -189,15 +190,22 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
         return tokens + self.adapter(self.input_layernorm(tokens))
 
     def mixed(self, tokens: Tensor, routing: Routing, kwargs: dict) -> Tensor:
-        """Training: both paths, every token weighted by its turn's decision."""
-        full = self.full_path(tokens, routing, kwargs)
+        """Training: both paths, every token weighted by its turn's decision; the full one for rows that need it."""
         if self.router is None:
-            return full
+            return self.full_path(tokens, routing, kwargs)
         # The routing tokens as they came, not cut out of `tokens`: the gradient of a cut is as large as the whole.
         states = routing.states[self.layer_idx].to(tokens)
         weights = routing.weigh(self.router(self.input_layernorm(states)), self.layer_idx)
+        rows, skip = routing.rows[self.layer_idx], self.skip_path(tokens)
+        if rows is None or rows.all_kept:
+            full = self.full_path(tokens, routing, kwargs)
+        elif rows.none_kept:
+            return skip
+        else:
+            kept = rows.kept.to(tokens.device)
+            full = torch.zeros_like(tokens).index_copy(0, kept, self.full_path(tokens, routing, kwargs, kept))
         keep = weights[..., :1].gather(1, routing.turns.to(tokens.device)[..., None]).to(tokens.dtype)
-        return self.skip_path(tokens).lerp(full, keep)  # the weights' sum is 1
+        return skip.lerp(full, keep)  # the weights' sum is 1
 
 
 class RoeLlamaDecoderLayer(RoeDecoderLayer, LlamaDecoderLayer):
@@ -256,14 +264,9 @@ class RoeLanguageModel(RefusesFlashAttention):
     def place_routing_tokens(self, inputs_embeds, position_ids, attention_mask, routing: Routing, mode: str) -> None:
         """States (B, R, D) that enter layer 0, and rotary embeddings of all tokens, ordinary ones first."""
         batch_size, num_tokens = routing.visible.shape[:2]
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask must be 2D (B, S) to find where rows begin, got shape {tuple(attention_mask.shape)}; "
-                "with a custom 4D mask pin the route with routes="
-            )
         which = torch.arange(num_tokens, device=self.routing_tokens.weight.device).clamp(max=1)
         tokens = self.routing_tokens(which).to(inputs_embeds.dtype)
-        routing.states[0] = tokens.expand(batch_size, -1, -1).to(inputs_embeds.device)
+        routing.place(tokens.expand(batch_size, -1, -1).to(inputs_embeds.device))
         position_ids = position_ids.expand(batch_size, -1)
         routed = routing_position_ids(position_ids, attention_mask, num_tokens, mode)
         # Rotary embeddings of all positions together: scaled variants look at the largest one.

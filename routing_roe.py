@@ -100,9 +100,15 @@ def routing_position_ids(position_ids: Tensor, attention_mask: Tensor | None, nu
         attention_mask: (B, S), 0 on padding, or `None`.
         num_tokens: R.
         mode: `config.routing_positions`.
+    Raises: ValueError for another mode, or a mask of another shape.
     """
     if mode not in ("preceding", "first", "spread"):  # set after the configuration was checked
         raise ValueError(f"routing_positions must be 'preceding', 'first' or 'spread', got {mode!r}")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask must be 2D (B, S) to find where rows begin, got shape {tuple(attention_mask.shape)}; with "
+            "a custom 4D mask pin the route with routes="
+        )
     first = torch.zeros_like(position_ids[:, :1])
     if attention_mask is not None:
         first = (attention_mask != 0).long().argmax(dim=1, keepdim=True).to(position_ids.device)
@@ -210,8 +216,8 @@ class RoutingPhase:
 
     Attributes:
         mode: `"random"` (hard decisions from uniform draws; routers get no gradient), `"soft"` (softmax mixture),
-            `"hard"` (argmax forward, softmax gradient: straight-through) or `"given"` (decisions of `routes`; routers
-            answer, but nothing hangs on it).
+            `"hard"` (argmax forward, softmax gradient: straight-through), `"given"` (decisions of `routes`; routers
+            answer, but nothing hangs on it) or `"decided"` (argmax; routers get no gradient).
         temperature: divides the logits, > 0; not read by `"random"`.
         keep_bias: added to the keep logit or draw. 1 - sqrt(2 r) makes `"random"` skip a share r.
         gumbel: add Gumbel noise to the logits of `"hard"`.
@@ -219,6 +225,8 @@ class RoutingPhase:
             returns that shape, uniform in [0, 1); e.g. `SeededDraws(0)`. Has to answer the same when gradient
             checkpointing asks again. `None`: torch's global generator.
         routes: of `"given"`: (B, T, L) bool, True where a turn runs the layer.
+        at_least_one: every layer runs for one row or more: where its weights are sharded over processes, which wait for
+            each other when it runs, and where they learn, so that Adam counts a step of them.
     """
 
     mode: str = "soft"
@@ -227,12 +235,23 @@ class RoutingPhase:
     gumbel: bool = False
     draws: Callable[[int, Tensor], Tensor] | None = None
     routes: Tensor | None = None
+    at_least_one: bool = False
 
     def __post_init__(self):
-        if self.mode not in ("random", "soft", "hard", "given"):
-            raise ValueError(f"mode must be 'random', 'soft', 'hard' or 'given', got {self.mode!r}")
+        if self.mode not in ("random", "soft", "hard", "given", "decided"):
+            raise ValueError(f"mode must be 'random', 'soft', 'hard', 'given' or 'decided', got {self.mode!r}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether no gradient needs the path that is not taken, so that rows without a token in a layer skip it."""
+        return self.mode in ("random", "given", "decided")
+
+    @property
+    def teaches_routers(self) -> bool:
+        """Whether a gradient reaches the routers, and the routing tokens through them."""
+        return self.mode not in ("random", "decided")
 
 
 def uniform_draws(layer: int, like: Tensor, phase: RoutingPhase) -> Tensor:
@@ -276,10 +295,11 @@ def path_weights(logits: Tensor, turn_mask: Tensor, phase: RoutingPhase, layer: 
     scores = torch.cat([context, scores], dim=1)
     # 1000 makes the draws' softmax hard, as in the published warm-up.
     weights = torch.softmax(scores * 1000.0 if phase.mode == "random" else scores / phase.temperature, dim=-1)
-    if phase.mode != "hard":
+    if phase.mode not in ("hard", "decided"):
         return weights
     hard = nn.functional.one_hot((weights[..., 1] >= weights[..., 0]).long(), 2).to(weights.dtype)
-    return hard + (weights - weights.detach())  # the bracket is exactly 0: one-hot without rounding
+    # The bracket is exactly 0: one-hot without rounding.
+    return hard if phase.mode == "decided" else hard + (weights - weights.detach())
 
 
 def given_weights(logits: Tensor, turn_mask: Tensor, phase: RoutingPhase, layer: int) -> Tensor:
@@ -348,7 +368,8 @@ class Routing:
     (gradient checkpointing) changes nothing.
 
     Attributes:
-        rows: per layer, which rows run it (`None` until decided; fixed beforehand when decoding or pinned).
+        rows: per layer, which rows run it (`None` until decided, or where training runs both paths for all rows; fixed
+            beforehand when decoding or pinned).
         states: (B, R, D) routing tokens entering layer i at index i, the last layer's output at index L; `None` where
             no routing token runs (decoding, pinned routes).
         visible: (B, R, S + R) bool, the tokens a routing token reads, itself included.
@@ -391,11 +412,26 @@ class Routing:
         num_turns = segments.amax(dim=1, keepdim=True).clamp(min=1)
         self.turn_mask = torch.arange(1, self.visible.shape[1], device=segments.device) <= num_turns
 
+    def place(self, tokens: Tensor) -> None:
+        """Routing tokens (B, R, D) that enter layer 0; detached where they do not learn, to save its backward pass."""
+        is_learning = not self.is_soft or self.phase.teaches_routers
+        self.states[0] = tokens if is_learning else tokens.detach()
+
     def weigh(self, logits: Tensor, layer: int) -> Tensor:
         """Training: a layer's path weights (B, 1 + T, 2) from its raw router logits (B, T, 2); keeps both."""
         weights = path_weights(logits, self.turn_mask.to(logits.device), self.phase, layer)
         self.logits[layer], self.weights[layer] = logits, weights
+        if self.phase.leaves_out:
+            self.rows[layer] = self.needed_rows(weights)
         return weights
+
+    def needed_rows(self, weights: Tensor) -> LayerRows:
+        """Training: the rows of which some token takes a layer's full path, from its path weights (B, 1 + T, 2)."""
+        exists = nn.functional.pad(self.turn_mask.to(weights.device), (1, 0), value=True)
+        needed = ((weights[..., 0] > 0) & exists).any(dim=1).tolist()
+        if self.phase.at_least_one and not any(needed):
+            needed[0] = True
+        return LayerRows(needed, weights.device)
 
     def join(self, hidden_states: Tensor, layer: int) -> Tensor:
         """(B, S + R, D): the ordinary tokens that enter a layer, its routing tokens behind them."""

@@ -125,7 +125,8 @@ Made by `{command}` ({minutes:.0f} minutes of training, {num_seeds} seeds, {thre
 The tiny world's base of {num_layers} layers stays frozen; routers, routing tokens and adapters learn for {steps} steps
 of {batch_size} conversations. Methods without search and measured routes get {extra_steps} steps more, as many as those
 forward passes are worth. Accuracy is exact match on {per_family} held-out questions of each family, ± the standard
-deviation over seeds. The base given the same training runs every layer with its adapter beside it.
+deviation over the seeds where there are several. The base given the same training runs every layer with its adapter
+beside it.
 
 ## What it has to reach
 
@@ -177,7 +178,7 @@ def page(result: dict) -> str:
             [[one["aim"], one["measured"], "yes" if one["met"] else "no"] for one in summary["aims"]],
         ),
         methods=table(
-            ["Method", "Asked for, %", "Skipped, %", "Accuracy, %", "Routes with 5 % or more", "Minutes"],
+            ["Method", "Seeds", "Asked for, %", "Skipped, %", "Accuracy, %", "Routes with 5 % or more", "Minutes"],
             method_cells(summary["methods"]),
         ),
         headroom=table(
@@ -197,7 +198,12 @@ def method_cells(rows: Sequence[dict]) -> list[list[str]]:
     names = list(LABELS)
     cells = []
     for row in sorted(rows, key=lambda row: (names.index(row["method"]), row["target"])):
-        start = [LABELS[row["method"]], f"{100 * row['target']:.0f}", percent(row["skip_ratio"])]
+        start = [
+            LABELS[row["method"]],
+            str(len(row["seeds"])),
+            f"{100 * row['target']:.0f}",
+            percent(row["skip_ratio"]),
+        ]
         end = [percent(row["accuracy"]), f"{row['common_routes']:.1f}", f"{row['minutes']['mean']:.1f}"]
         cells.append(start + end)
     return cells

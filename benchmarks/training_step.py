@@ -9,9 +9,14 @@ dense: the stock decoder with RoE's adapters kept on the residual path of every 
     trains what RoE trains but for routers and routing tokens (under 0.2 %); the others are divided by it.
 dense again: the same once more; what its ratio differs from 1 by is noise.
 stock: stock LLaVA, where the base trains: without the adapters' 4 % of parameters and arithmetic.
-random, soft, hard: RoE in its three stages, with the example budget; hard has Gumbel noise.
+random: adapters learn along random routes, 30 % skipped; rows that skip a layer do not run it.
+soft, hard: both paths of every layer run; with the example budget, hard with Gumbel noise.
 given: routes are given and routers imitate them, 30 % skipped.
 taught: given, and the batch is run along one more route without gradients, as teaching does at every step.
+decided: routers decide and learn no longer, about 30 % skipped.
+
+A row `run` is the mean step of a run with taught routes: random, taught and decided in the recipes' shares, without the
+search of routes between them.
 
 Recipes: `full` trains base (all but the vision tower) and new parts, `frozen` the new parts alone.
 """
@@ -21,7 +26,7 @@ import copy
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -50,12 +55,14 @@ PHASES = {
     "random": RoutingPhase("random", keep_bias=0.2254),
     "soft": RoutingPhase("soft", temperature=2.0),
     "hard": RoutingPhase("hard", temperature=2.0, gumbel=True),
+    "decided": RoutingPhase("decided"),
 }
 RECIPES = {
     "full": ("adapter", "router", "routing_tokens", "base"),
     "frozen": ("adapter", "router", "routing_tokens"),
 }
 TAUGHT_SYSTEMS = ("given", "taught")
+STAGES = {"random": 0.3, "taught": 0.4, "decided": 0.3}  # shares of a run, as in `TaughtSchedule` and the recipes
 SKIPPED = 0.3  # of the layers, by given and measured routes
 SYSTEMS = ("dense", "dense again", "stock", *PHASES, *TAUGHT_SYSTEMS)
 WARM_UP = 2  # steps of every system that do not count
@@ -158,14 +165,39 @@ class Step:
         present = [group for group in groups if any(group_of(name) == group for name in kept)]
         self.optimizer = torch.optim.AdamW(parameter_groups(model, dict.fromkeys(present, 0.0)), fused=False)
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.phase: RoutingPhase | None = None
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether rows that skip a layer do not run it."""
+        return self.is_routed and self.phase_of_step().leaves_out
+
+    def phase_of_step(self) -> RoutingPhase:
+        """How this system decides."""
+        if self.name in TAUGHT_SYSTEMS:
+            return RoutingPhase("given", routes=self.routes())
+        return PHASES[self.name] if self.name != "decided" else replace(PHASES["decided"], keep_bias=self.own_bias())
+
+    @torch.no_grad()
+    def own_bias(self) -> float:
+        """The bias with which these routers, which are untrained, skip about the wanted share."""
+        self.model.model.routing_phase = RoutingPhase("decided")
+        logits = self.model(**self.inputs, use_cache=False).router_logits
+        return torch.quantile((logits[..., 1] - logits[..., 0]).flatten(), 1 - SKIPPED).item()
+
+    @torch.no_grad()
+    def skipped(self) -> float:
+        """Share of the layers that the batch skips in the phase that is set, 0 of a dense model."""
+        if not self.is_routed:
+            return 0.0
+        return self.model(**self.inputs, use_cache=False).turn_skip_weights.mean().item()
 
     def __call__(self) -> None:
         if self.name == "taught":
             measured(self.model, self.inputs | {"labels": self.labels}, self.routes()[0, 0], max_loss=3.0)
-        if self.name in TAUGHT_SYSTEMS:
-            self.model.model.routing_phase = RoutingPhase("given", routes=self.routes())
-        elif self.is_routed:
-            self.model.model.routing_phase = PHASES[self.name]
+        if self.is_routed:
+            self.phase = self.phase or self.phase_of_step()
+            self.model.model.routing_phase = self.phase
         outputs = self.model(**self.inputs, use_cache=False)
         if self.name in TAUGHT_SYSTEMS:
             loss = TaughtObjective().loss(outputs, self.labels, TAUGHT)
@@ -200,7 +232,7 @@ def steps_of(shape: Shape, recipe: str, device: torch.device) -> list[Step]:
 
     chosen = [name for name in SYSTEMS if recipe == "full" or name != "stock"]  # frozen, stock trains nothing
     # The same model and optimizer under another name: what differs is the phase, or nothing.
-    shared = {"dense again": "dense"} | dict.fromkeys(("soft", "hard", *TAUGHT_SYSTEMS), "random")
+    shared = {"dense again": "dense"} | dict.fromkeys(("soft", "hard", "decided", *TAUGHT_SYSTEMS), "random")
     again = {name: system(name) for name in chosen if name not in shared}
     return [again[name] if name in again else renamed(again[shared[name]], name) for name in chosen]
 
@@ -235,9 +267,10 @@ def peak_bytes(step: Step) -> int:
 def measure(shape: Shape, recipe: str, rounds: int, seed: int, device: torch.device) -> dict:
     """All systems of a recipe, by turns in an order drawn anew every round.
 
-    Returns: per system `seconds` (median), `minimum`, `ratio` (median over rounds of its time over that of `dense` in
-        the round) with `quartiles`, `ratio_of_minima`, `ratio_of_processor_time` (of this process:
-        what other processes do lengthens it less), `peak_bytes` with `memory_ratio`, `trained` and all `runs`.
+    Returns: `setup`, `run` with the mean step's `ratio` and `ratio_of_processor_time`, and `systems`: per system
+        `seconds` (median), `minimum`, `ratio` (median over rounds of its time over that of `dense` in the round) with
+        `quartiles`, `ratio_of_minima`, `ratio_of_processor_time` (of this process: what other processes do lengthens it
+        less), `skipped` (share of layers), `peak_bytes` with `memory_ratio`, `trained` and all `runs`.
     """
     steps, draw = steps_of(shape, recipe, device), random.Random(seed)
     for step in steps:
@@ -250,7 +283,10 @@ def measure(shape: Shape, recipe: str, rounds: int, seed: int, device: torch.dev
             step()
             runs[step.name].append(now(device) - start)
             cpu[step.name].append(time.process_time() - start_cpu)
-    peaks = {step.name: peak_bytes(step) for step in steps}
+    peaks, share = {}, {}
+    for step in steps:
+        peaks[step.name] = peak_bytes(step)
+        share[step.name] = step.skipped()  # in the phase of the step just made
     dense, found = runs["dense"], {}
     for step in steps:
         own = runs[step.name]
@@ -262,27 +298,33 @@ def measure(shape: Shape, recipe: str, rounds: int, seed: int, device: torch.dev
             "quartiles": quartiles(ratios),
             "ratio_of_minima": min(own) / min(dense),
             "ratio_of_processor_time": median(cpu[step.name]) / median(cpu["dense"]),
+            "skipped": share[step.name],
             "peak_bytes": peaks[step.name],
             "memory_ratio": peaks[step.name] / peaks["dense"],
             "trained": step.trained,
             "runs": own,
         }
-    return {"setup": describe_run(steps[0].model), "systems": found}
+    run = {
+        ratio: sum(share * found[name][ratio] for name, share in STAGES.items())
+        for ratio in ("ratio", "ratio_of_processor_time")
+    }
+    return {"setup": describe_run(steps[0].model), "run": run, "systems": found}
 
 
 def table(result: dict) -> str:
     """What a reader sees: a row per system, of all shapes and recipes."""
-    lines = ["| shape | recipe | system | ms | over dense | quartiles | of minima | peak memory, MB | over dense |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    lines = ["| shape | recipe | system | skipped | ms | over dense | quartiles | of minima | peak, MB | over dense |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for shape, recipes in result["shapes"].items():
         for recipe, found in recipes.items():
             for name, own in found["systems"].items():
                 low, high = own["quartiles"]
                 lines.append(
-                    f"| {shape} | {recipe} | {name} | {1000 * own['seconds']:.1f} | {own['ratio']:.3f} | "
-                    f"{low:.3f} to {high:.3f} | {own['ratio_of_minima']:.3f} | {own['peak_bytes'] / 1e6:.1f} | "
-                    f"{own['memory_ratio']:.3f} |"
+                    f"| {shape} | {recipe} | {name} | {100 * own['skipped']:.0f} % | {1000 * own['seconds']:.1f} | "
+                    f"{own['ratio']:.3f} | {low:.3f} to {high:.3f} | {own['ratio_of_minima']:.3f} | "
+                    f"{own['peak_bytes'] / 1e6:.1f} | {own['memory_ratio']:.3f} |"
                 )
+            lines.append(f"| {shape} | {recipe} | run | | | {found['run']['ratio']:.3f} | | | | |")
     return "\n".join(lines)
 
 

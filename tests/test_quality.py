@@ -51,6 +51,11 @@ def test_every_method_runs_and_decides_as_it_should(done):
     assert by_name["published-0.3-seed0"]["steps"] == 8 + result["settings"]["extra_steps"] > 8
 
 
+def test_other_seeds_run_what_the_aims_compare():
+    names = [run.name for run in all_runs([0, 1], (0.1, 0.3), 7) if run.seed == 1]
+    assert names == ["base-0-seed1", "dense-0-seed1", "search-0.3-seed1", "taught-0.3-seed1", "static-0.285714-seed1"]
+
+
 def test_the_page_and_pictures_are_made_from_the_result(done):
     folder, result = done
     text = (folder / "page" / "quality.md").read_text()
@@ -58,7 +63,7 @@ def test_the_page_and_pictures_are_made_from_the_result(done):
     for name in ("quality_accuracy.png", "quality_skipping.png", "quality_training.png"):
         assert f"({name})" in text and (folder / "page" / name).stat().st_size > 1000
     taught = next(row for row in result["summary"]["methods"] if row["method"] == "taught")
-    assert f"| taught routers (ours) | 30 | {100 * taught['skip_ratio']['mean']:.1f} |" in text
+    assert f"| taught routers (ours) | 1 | 30 | {100 * taught['skip_ratio']['mean']:.1f} |" in text
 
 
 def test_what_is_done_is_not_done_again_and_not_mixed(done, monkeypatch):

@@ -320,7 +320,7 @@ def test_a_wrong_taught_schedule_is_refused(options):
 
 def test_stages_and_groups_of_a_taught_run():
     schedule = TaughtSchedule()
-    assert [schedule.phase(progress).mode for progress in (0.0, 0.3, 0.7)] == ["random", "given", "hard"]
+    assert [schedule.phase(progress).mode for progress in (0.0, 0.3, 0.7)] == ["random", "given", "decided"]
     learns = {group: [schedule.trains(group, p) for p in (0.1, 0.4, 0.8)] for group in (*RATES, "base")}
     assert learns == {
         "adapter": [True, True, True],
@@ -389,7 +389,7 @@ def test_a_run_is_random_then_given_then_its_own(tmp_path):
 
     trainer.objective = Watched()
     trainer.train()
-    assert modes == ["random"] * 2 + ["given"] * 4 + ["hard"] * 2
+    assert modes == ["random"] * 2 + ["given"] * 4 + ["decided"] * 2
     assert 1 <= len(trainer.teacher.routes) <= 4 and trainer.teacher.batches == 4
     logged = ["price" in entry for entry in trainer.state.log_history if "loss" in entry]
     assert logged == [False, True, True, True]

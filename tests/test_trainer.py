@@ -1,6 +1,7 @@
 """The training library: stages as functions of progress, named groups, the objective, exact resume."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -249,6 +250,22 @@ def test_routers_do_not_learn_in_the_warm_up(tmp_path):
     assert unmoved == [True] * 3 + [False] * 7
 
 
+@pytest.mark.parametrize("base", [True, False])
+def test_a_layer_that_learns_runs_in_every_step(tmp_path, base):
+    model = tiny.tiny_model()
+    groups = ("adapter", "router", "routing_tokens", *(["base"] if base else []))
+    trainer = trainer_for(model, tmp_path, rates=dict.fromkeys(groups, 1e-3), steps=1, per_device_train_batch_size=1)
+    trainer.schedule = trainer.routing_callback.schedule = SkipsAll()
+    calls = tiny.Calls(tiny.layers_of(model)[2].mlp)
+    trainer.train()
+    assert calls.rows == base
+
+
+class SkipsAll(StageSchedule):
+    def phase(self, progress):
+        return RoutingPhase("random", keep_bias=-2.0)
+
+
 def test_logs_hold_the_skip_ratio_of_the_routers(tmp_path):
     trainer = trainer_for(tiny.tiny_model(), tmp_path)
     trainer.train()
@@ -447,7 +464,8 @@ def test_the_published_recipe_runs_every_micro_batch_as_published(tmp_path):
     trainer.add_callback(Stop())
     trainer.compute_loss = watched
     trainer.train()
-    assert phases == [recipe.schedule.phase_at(micro_batch) for micro_batch in range(112)]
+    published = [recipe.schedule.phase_at(micro_batch) for micro_batch in range(112)]
+    assert phases == [replace(phase, at_least_one=True) for phase in published]
     assert len({phase.temperature for phase in phases[60:64]}) == 4
     for micro_batch, ours in enumerate(rates):
         published = recipe.schedule.rates_at(micro_batch)

@@ -98,7 +98,81 @@ def test_the_hard_phase_gives_routers_gradients(learner):
     assert any("router" in name and grad.abs().max() > 0 for name, grad in found.items())
 
 
-@pytest.mark.parametrize("mode", ["soft", "hard", "random"])
+# ---------------------------------------- rows that need no full path do not run it
+
+# Per row and turn: the first row needs layers 0 and 2, the second 0, 1 and 2, the others none but 0; nobody needs 3.
+GIVEN = torch.tensor(
+    [[[1, 0, 0, 0], [1, 0, 1, 0]], [[1, 1, 1, 0], [0, 0, 0, 1]], [[1, 0, 0, 0]] * 2, [[1, 0, 0, 0]] * 2]
+).bool()
+LEAVING = [
+    RoutingPhase("random", keep_bias=-0.3, draws=SeededDraws(0)),
+    RoutingPhase("given", routes=GIVEN),
+    RoutingPhase("decided"),
+]
+
+
+def mlp_calls(model):
+    return [tiny.Calls(layer.mlp) for layer in layers_of(model)]
+
+
+def test_a_layer_runs_the_rows_of_which_a_turn_keeps_it(learner):
+    learner.model.routing_phase = RoutingPhase("given", routes=GIVEN)
+    calls = mlp_calls(learner)
+    outputs = learner(**conversations())
+    assert outputs.turn_mask.tolist() == [[True, True], [True, False], [True, False], [True, False]]
+    assert [call.rows for call in calls] == [4, 1, 2, 0]
+
+
+@pytest.mark.parametrize("phase", LEAVING, ids=lambda phase: phase.mode)
+def test_leaving_rows_out_changes_neither_loss_nor_gradients(trained, phase, monkeypatch):
+    trained.model.routing_phase = phase
+    calls = mlp_calls(trained)
+    outputs, found = gradients(trained, conversations())
+    assert sum(call.rows for call in calls) < 4 * NUM_LAYERS
+    monkeypatch.setattr(RoutingPhase, "leaves_out", False)
+    before = sum(call.rows for call in calls)
+    whole, expected = gradients(trained, conversations())
+    assert sum(call.rows for call in calls) - before == 4 * NUM_LAYERS
+    assert torch.equal(whole.turn_skip_weights, outputs.turn_skip_weights)
+    torch.testing.assert_close(outputs.loss, whole.loss, **CLOSE)
+    torch.testing.assert_close(outputs.logits, whole.logits, **CLOSE)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found.get(name, torch.zeros_like(grad)), grad, **CLOSE, msg=name)
+
+
+def test_every_layer_runs_a_row_where_processes_wait_for_each_other(learner):
+    learner.model.routing_phase = RoutingPhase("given", routes=torch.zeros_like(GIVEN), at_least_one=True)
+    calls = mlp_calls(learner)
+    outputs, found = gradients(learner, conversations())
+    assert [call.rows for call in calls] == [1] * NUM_LAYERS
+    assert (outputs.turn_skip_weights == 1).all()
+    assert not found["model.language_model.layers.3.mlp.up_proj.weight"].any()
+
+
+def test_decided_routes_are_those_of_inference_and_teach_routers_nothing(trained):
+    inputs = tiny.batch(("question", "other_question"))
+    trained.model.routing_phase = RoutingPhase("decided")
+    outputs = trained(**inputs)
+    outputs.logits.sum().backward()
+    learned = [name for name, parameter in trained.named_parameters() if parameter.grad is not None]
+    assert learned and not [name for name in learned if "router" in name or "routing_tokens" in name]
+    with torch.no_grad():
+        expected = trained.eval()(**inputs, use_cache=False)
+    assert torch.equal(outputs.turn_skip_weights[:, 0] == 0, expected.routes) and not expected.routes.all()
+    torch.testing.assert_close(outputs.logits, expected.logits, **CLOSE)
+
+
+def test_attentions_have_all_rows_where_some_were_left_out(learner):
+    learner.set_attn_implementation("eager")
+    learner.model.routing_phase = RoutingPhase("given", routes=GIVEN)
+    attentions = learner(**conversations(), output_attentions=True).attentions
+    assert attentions[3] is None and {len(one) for one in attentions[:3]} == {4}
+
+
+# ---------------------------------------- gradient checkpointing
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard", "random", "decided"])
 @pytest.mark.parametrize("kwargs", [None, {"use_reentrant": False}, {"determinism_check": "default"}])
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(trained, mode, kwargs):
     trained.model.routing_phase = RoutingPhase(mode, keep_bias=0.1)

@@ -92,7 +92,7 @@ class TaughtSchedule:
         stage = self.stage(progress)
         if stage == RANDOM:
             return RoutingPhase("random", keep_bias=random_keep_bias(self.target_skip_ratio))
-        return RoutingPhase("given") if stage == TAUGHT else RoutingPhase("hard")
+        return RoutingPhase("given" if stage == TAUGHT else "decided")
 
     def trains(self, group: str, progress: float) -> bool:
         """Adapters always learn, routers and routing tokens while they are taught, the base at the end."""

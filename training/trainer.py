@@ -33,12 +33,14 @@ class RoutingScheduleCallback(TrainerCallback):
 
     Attributes:
         draws_by_row: whether random decisions are `DrawsOfRank`; by default where there are several ranks.
+        at_least_one: of the phases, as `RoutingPhase.at_least_one`.
     """
 
     def __init__(self, schedule: StageSchedule | PublishedSchedule):
         self.schedule = schedule
         self.done = 0  # micro-batches of this optimizer step
         self.draws_by_row: bool | None = None
+        self.at_least_one = False
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self.done = 0
@@ -52,6 +54,8 @@ class RoutingScheduleCallback(TrainerCallback):
         """Phase of the next micro-batch."""
         counted = self.done / args.gradient_accumulation_steps if self.schedule.counts_micro_batches else 0
         phase = self.schedule.phase((state.global_step + counted) / state.max_steps)
+        if self.at_least_one:
+            phase = replace(phase, at_least_one=True)
         by_row = args.world_size > 1 if self.draws_by_row is None else self.draws_by_row
         if not by_row or phase.draws is not None:
             return phase
@@ -116,6 +120,8 @@ class RoeTrainer(Trainer):
         if self.args.max_steps > 0:  # else it is checked when the number of steps is known
             self.rate_factor(self.args.max_steps)
         self.routing_callback = RoutingScheduleCallback(schedule)
+        # Where a layer's own weights learn, Adam is to count a step of them, in one process as in several.
+        self.routing_callback.at_least_one = self.is_sharded or bool({"base", "lora"} & rates.keys())
         self.add_callback(self.routing_callback)
         if self.is_sharded:
             look_at_every_batch(model)
@@ -222,7 +228,8 @@ class RoeTrainer(Trainer):
             self.teacher.search(self.model, self.search_batches(), self._prepare_inputs, quiet)
             logger.info(f"routes found: {self.teacher.describe()}")
         routes = self.teacher.teach(self.model, inputs).to(self.args.device)
-        self.model.model.routing_phase = RoutingPhase("given", routes=routes)
+        at_least_one = self.routing_callback.at_least_one
+        self.model.model.routing_phase = RoutingPhase("given", routes=routes, at_least_one=at_least_one)
 
     def search_batches(self) -> list[dict]:
         """This process's part of the examples that routes are searched on, spread evenly over the training data.
