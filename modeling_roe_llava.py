@@ -169,7 +169,7 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
         """The stock layer over all tokens of all or n `kept` rows: (n, S + R, D). Routing tokens attend apart."""
         batch_size = tokens.shape[0]
         tokens = take_rows(tokens, kept, batch_size)
-        kwargs = kwargs | {name: take_rows(kwargs.get(name), kept, batch_size) for name in BATCHED}
+        kwargs = kwargs | {name: take_rows(kwargs[name], kept, batch_size) for name in BATCHED if name in kwargs}
         if is_compiled(self.self_attn):
             kwargs = kwargs | {"past_key_values": cache_of_layer(kwargs.get("past_key_values"), self.layer_idx)}
         if routing.states[self.layer_idx] is None:
@@ -468,8 +468,7 @@ class RoeLlavaForConditionalGeneration(
         """Stock LLaVA's forward pass along a route per row.
 
         In eval mode routing is hard and the loss is the cross entropy alone. In training mode, unless a cache or
-        `routes` is given, both paths of every layer run, mixed as `model.model.routing_phase` says, and the loss is
-        `roe_loss`.
+        `routes` is given, both paths are mixed as `model.model.routing_phase` says, and the loss is `roe_loss`.
 
         Args:
             routing_segments: (B, S) int: 0 context, t >= 1 question of turn t, -1 neither. `RoeLlavaProcessor` makes

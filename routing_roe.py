@@ -403,7 +403,7 @@ class Routing:
         self.visible = with_itself(inference_visibility(segments, question))
 
     def train_on(self, segments: Tensor, phase: RoutingPhase) -> None:
-        """Training: one text token per turn; both paths run, weighted as the phase says."""
+        """Training: one text token per turn; both paths, weighted as the phase says."""
         self.phase = phase
         self.visible = with_itself(training_visibility(segments))
         # Routing token t moves with turn t; the image token, number 0, with the context.
@@ -450,7 +450,7 @@ class Routing:
 
     @property
     def is_soft(self) -> bool:
-        """Whether both paths run and are mixed (training)."""
+        """Whether both paths are mixed (training)."""
         return self.phase is not None
 
     def router_logits(self) -> Tensor | None:

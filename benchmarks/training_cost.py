@@ -188,8 +188,8 @@ def assumptions(widths: dict[str, str]) -> list[str]:
         "and word of the vocabulary.",
         "Operations: 2 per weight and token forward, 2 for the gradient of the input, 2 for that of a trained "
         "weight; attention 2 S D per token and layer forward, twice that backward; checkpointing adds one forward of "
-        "the layers; the vision tower runs forward alone. Both paths of every layer run, so nothing is skipped in "
-        "training.",
+        "the layers; the vision tower runs forward alone. Both paths of every layer are counted for "
+        "every example: too much where routes are taught, since examples then leave out what they skip.",
         f"Hours: operations over {PEAK / 1e12:.0f} TFLOP/s (an A100's in bf16) times {MFU:.0%} of use, which is an "
         "assumption: the ranks' communication is in it, and one GPU may do better. Reading images is not.",
         "`full` moves the base in its last stage alone, but computes its gradients from the first step on. `published` "

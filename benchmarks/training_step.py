@@ -42,7 +42,7 @@ from ..convert.verify_prompts import stock_twin
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from ..routing_roe import RoutingPhase, token_loss_per_example
 from ..training.objective import Objective, mean_over_labelled
-from ..training.teacher import TAUGHT, TaughtObjective, measured
+from ..training.teacher import TAUGHT, TaughtObjective, TaughtSchedule, measured
 from ..training.trainer import group_of, parameter_groups
 from .environment import command_line, describe_machine, describe_run
 from .measure import quartiles
@@ -62,7 +62,12 @@ RECIPES = {
     "frozen": ("adapter", "router", "routing_tokens"),
 }
 TAUGHT_SYSTEMS = ("given", "taught")
-STAGES = {"random": 0.3, "taught": 0.4, "decided": 0.3}  # shares of a run, as in `TaughtSchedule` and the recipes
+SCHEDULE = TaughtSchedule()  # what the recipes have, too
+STAGES = {  # shares of a run
+    "random": SCHEDULE.warmup_end,
+    "taught": SCHEDULE.taught_end - SCHEDULE.warmup_end,
+    "decided": 1 - SCHEDULE.taught_end,
+}
 SKIPPED = 0.3  # of the layers, by given and measured routes
 SYSTEMS = ("dense", "dense again", "stock", *PHASES, *TAUGHT_SYSTEMS)
 WARM_UP = 2  # steps of every system that do not count
@@ -167,16 +172,11 @@ class Step:
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.phase: RoutingPhase | None = None
 
-    @property
-    def leaves_out(self) -> bool:
-        """Whether rows that skip a layer do not run it."""
-        return self.is_routed and self.phase_of_step().leaves_out
-
     def phase_of_step(self) -> RoutingPhase:
         """How this system decides."""
         if self.name in TAUGHT_SYSTEMS:
             return RoutingPhase("given", routes=self.routes())
-        return PHASES[self.name] if self.name != "decided" else replace(PHASES["decided"], keep_bias=self.own_bias())
+        return replace(PHASES[self.name], keep_bias=self.own_bias()) if self.name == "decided" else PHASES[self.name]
 
     @torch.no_grad()
     def own_bias(self) -> float:

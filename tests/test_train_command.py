@@ -383,7 +383,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, base, data, capsys):
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, base, data, capsys):
     assert command("lora", base, data, tmp_path / "out", dry_run="true", max_steps=20) == 0
     printed = capsys.readouterr().out
-    assert "random 1-6, given 7-14, hard 15-20" in printed and "lora " in printed and "frozen " in printed
+    assert "random 1-6, given 7-14, decided 15-20" in printed and "lora " in printed and "frozen " in printed
     assert not (tmp_path / "out").exists()
 
 
