@@ -29,11 +29,13 @@ class LayerRows:
         keep: one bool per row, on the host.
         kept: (n,) row numbers that run the layer, `None` if all do (nothing to gather) or none does.
         skipped: (B - n,) row numbers that take the adapter, likewise.
+        num_skipped: B - n, whatever there is to gather.
     """
 
     def __init__(self, keep: Sequence[bool], device: torch.device | str = "cpu"):
         self.keep = tuple(bool(k) for k in keep)
-        self.all_kept, self.none_kept = all(self.keep), not any(self.keep)
+        self.num_skipped = self.keep.count(False)
+        self.all_kept, self.none_kept = self.num_skipped == 0, self.num_skipped == len(self.keep)
         self.kept = self.skipped = None
         if not self.all_kept and not self.none_kept:
             self.kept = to_device([row for row, k in enumerate(self.keep) if k], device)
@@ -51,6 +53,8 @@ class RouteKeeper:
         routes: (B, L) bool, True where the example runs the layer; `None` until the first forward pass decided it.
         rows: one `LayerRows` per layer, the same decision as host-side lists; `None` until decided.
         tokens_seen: ordinary tokens that went through the model with this cache; routing tokens are never cached.
+        tokens_counted: the most of them that `count_saved` has seen; drafts that were cropped are not counted again.
+        rows_per_prompt: beams or returned sequences, as `generate` says.
         request: what `generate` was asked about routing, read and cleared by the first forward pass.
     """
 
@@ -65,7 +69,8 @@ class RouteKeeper:
         """Be as before the first forward pass."""
         self.routes: Tensor | None = None
         self.rows: list[LayerRows] | None = None
-        self.tokens_seen = 0
+        self.tokens_seen = self.tokens_counted = 0
+        self.rows_per_prompt = 1
         self.request: dict = {}
 
     def set_routes(self, routes: Tensor, rows: list[LayerRows] | None = None) -> None:
@@ -120,6 +125,24 @@ class RouteKeeper:
                 f"{' and '.join(given)} given with a cache that already has routes: a cache keeps the routes of its "
                 "prefill. Start from an empty cache to route anew"
             )
+
+    def count_saved(self) -> int:
+        """(row, layer, token) triples, since this was last asked, whose keys and values it does not hold.
+
+        Against a cache of the same kind that every row fills in every layer: no more than a layer's sliding window.
+        """
+        before, self.tokens_counted = self.tokens_counted, max(self.tokens_counted, self.tokens_seen)
+        if before == self.tokens_counted or self.rows is None:
+            return 0
+        saved = 0
+        for layer, rows in enumerate(self.rows):
+            if rows.none_kept or (rows.num_skipped and not self.holds_all_rows):
+                window = getattr(self.layers[layer], "sliding_window", None) if layer < len(self.layers) else None
+                new = self.tokens_counted - before
+                if window is not None:
+                    new = min(self.tokens_counted, window - 1) - min(before, window - 1)
+                saved += rows.num_skipped * new
+        return saved
 
     def check_room(self, num_tokens: int) -> None:
         """Raises: ValueError if a layer of fixed length has no room for so many tokens more."""
@@ -235,7 +258,7 @@ class RoeCache(RouteKeeper, DynamicCache):
         """
         joined = cls(config)
         check_joinable(caches, len(joined.layers))
-        joined.tokens_seen = max(cache.tokens_seen for cache in caches)
+        joined.tokens_seen = joined.tokens_counted = max(cache.tokens_seen for cache in caches)
         for index, layer in enumerate(joined.layers):
             parts = [cache.layers[index] for cache in caches if cache.layers[index].is_initialized]
             if parts:  # else no row runs it

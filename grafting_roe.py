@@ -36,6 +36,7 @@ from .adapter_roe import (
     split_routing_parts,
     tensor_kind,
 )
+from .baked_roe import refuse_baked
 from .configuration_roe import ROUTING_FIELDS
 from .loading_roe import RoeLoadingMixin, source_config
 
@@ -80,6 +81,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
             check_loaded_base(base)
             model = cls._around(base, taken.info)
         model._take_adapter(taken, str(adapter), check_base)
+        model.tell_what_is_routed()
         return model
 
     def load_routing(self, adapter, *, check_base: bool = True, revision: str | None = None):
@@ -131,6 +133,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
     def _take_adapter(self, adapter: Adapter, name: str, check_base: bool) -> None:
         """Check an adapter against this model and put its parts in place of the present ones."""
         info = adapter.info
+        refuse_baked(self.config, "there are none to replace", self.config._name_or_path or "model")
         check_fits(info.sizes, RoutingSizes.of_config(self.config), name, self.config._name_or_path or "model")
         check_own_parts(self)
         if check_base:
@@ -145,6 +148,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
             setattr(old.get_submodule(owner), part, module)
         for field in ROUTING_FIELDS:
             setattr(self.config, field, getattr(fresh.config, field))
+        self.routing_tally.forget_decisions()
         self.config.roe_provenance = provenance(self.config, info, check_base)
 
 
