@@ -238,7 +238,7 @@ class AdapterInfo:
 
         Raises: ValueError if it is that of a baked model.
         """
-        refuse_baked(config, "there is no adapter file to be had of it", config._name_or_path or "the model")
+        refuse_baked(config.skipped_layers, "there is no adapter file to be had of it", config._name_or_path)
         text = config.text_config
         sizes = (text.model_type, text.num_hidden_layers, text.hidden_size)
         return cls(

@@ -69,18 +69,18 @@ def check_baked_ratio(skip_ratio: float, config) -> None:
         )
 
 
-def refuse_baked(config, what: str, source="the model") -> None:
-    """Raises: ValueError if a config is that of a baked model, which has no routing parts.
+def refuse_baked(skipped_layers, what: str, source) -> None:
+    """Raises: ValueError for a baked model, where routers and routing tokens are needed.
 
     Args:
-        config: a `RoeLlavaConfig`.
-        what: what needs them.
-        source: whose config it is.
+        skipped_layers: of its config; `None` for a routed model.
+        what: what cannot be, in words.
+        source: the model, by name.
     """
-    if is_baked(config):
+    if skipped_layers is not None:
         raise ValueError(
-            f"{source} is baked: its route is frozen (skipped_layers {config.skipped_layers}), its routers and routing "
-            f"tokens are gone, so {what}. Take the RoE checkpoint it was baked from"
+            f"{source or 'the model'} is baked: its route is frozen (skipped_layers {skipped_layers}), routers and "
+            f"routing tokens are gone, so {what}. Take the RoE checkpoint it was baked from"
         )
 
 

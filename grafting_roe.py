@@ -133,7 +133,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
     def _take_adapter(self, adapter: Adapter, name: str, check_base: bool) -> None:
         """Check an adapter against this model and put its parts in place of the present ones."""
         info = adapter.info
-        refuse_baked(self.config, "there are none to replace", self.config._name_or_path or "model")
+        refuse_baked(self.config.skipped_layers, "there are none to replace", self.config._name_or_path)
         check_fits(info.sizes, RoutingSizes.of_config(self.config), name, self.config._name_or_path or "model")
         check_own_parts(self)
         if check_base:

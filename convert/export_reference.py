@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import CLIPImageProcessorPil
 
+from ..baked_roe import refuse_baked
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
 from .completeness import check_complete
@@ -188,6 +189,7 @@ def check_expressible(config: dict, path: Path) -> None:
 
 def check_weights(checkpoint: Checkpoint, config: dict) -> None:
     """Raises: ValueError naming a tensor that is missing, unknown or of another shape than the config's."""
+    refuse_baked(config.get("skipped_layers"), "the published code could not run it", checkpoint.folder)
     parts = split_routing_parts(checkpoint.tensors)[1]
     sizes = RoutingSizes.of_config(RoeLlavaConfig.from_dict(config))
     check_routing_parts({name: tensor.shape for name, tensor in parts.items()}, sizes, checkpoint.folder)

@@ -55,7 +55,7 @@ def calibrate(
     """
     if model.training:
         raise ValueError("the model is in training mode, which mixes both paths of every layer: call model.eval()")
-    refuse_baked(model.config, "there is nothing to calibrate", model.config._name_or_path or "the model")
+    refuse_baked(model.config.skipped_layers, "there is nothing to calibrate", model.config._name_or_path)
     ratios = checked_ratios(ratios)
     if iter(batches) is batches:
         batches = list(batches)
