@@ -150,6 +150,7 @@ def check_expressible(config: dict, path: Path) -> None:
         if not isinstance(config.get(name), dict):
             raise ValueError(f"{path} has no {name}, expected the configuration of the {kind}: is the file whole?")
     check_opens(config, path)
+    refuse_baked(config.get("skipped_layers"), "the published code could not run it", path.parent)
     full = RoeLlavaConfig.from_dict(config)
     text = full.text_config
     if text.model_type != "llama":
@@ -189,7 +190,6 @@ def check_expressible(config: dict, path: Path) -> None:
 
 def check_weights(checkpoint: Checkpoint, config: dict) -> None:
     """Raises: ValueError naming a tensor that is missing, unknown or of another shape than the config's."""
-    refuse_baked(config.get("skipped_layers"), "the published code could not run it", checkpoint.folder)
     parts = split_routing_parts(checkpoint.tensors)[1]
     sizes = RoutingSizes.of_config(RoeLlavaConfig.from_dict(config))
     check_routing_parts({name: tensor.shape for name, tensor in parts.items()}, sizes, checkpoint.folder)

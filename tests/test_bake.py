@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import tiny
 import torch
 from convert_helpers import NUM_LAYERS, bytes_of, change_json, make_base, tiny_config, tiny_inputs, train, weights_of
 from PIL import Image
@@ -57,6 +58,38 @@ def baked(world):
 @pytest.fixture(scope="module")
 def inputs(world):
     return tiny_inputs(RoeLlavaProcessor.from_pretrained(world / "roe"))
+
+
+@pytest.fixture(scope="module")
+def varied(world, source):
+    """A RoE folder whose routers send 7 of the 12 questions along one route, 3 and 2 along others."""
+    model = copy.deepcopy(source)
+    batch = dict(open_questions(resolve_source(world / "roe"), questions_of(world, batch_size=12)).batches[0])
+    del batch["labels"]
+    rows = [[1, 0, 1]] * 7 + [[1, 1, 0]] * 3 + [[1, 1, 1]] * 2
+    tiny.solve_routers(model, batch, torch.tensor(rows, dtype=torch.bool))
+    return saved(model, world, world / "varied")
+
+
+@pytest.fixture(scope="module")
+def taught(world, source):
+    """A RoE folder whose adapter of layer 1 has learned to answer where that layer is skipped."""
+    measured = open_questions(resolve_source(world / "roe"), questions_of(world))
+    model = measured.model.requires_grad_(False)
+    adapter = model.model.language_model.layers[1].adapter.requires_grad_(True)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
+    for _ in range(20):
+        for batch in measured.batches:
+            optimizer.zero_grad()
+            model(**batch, routes=ROUTE).loss.backward()
+            optimizer.step()
+    return saved(model, world, world / "taught")
+
+
+def saved(model, world, folder):
+    model.save_pretrained(folder)
+    RoeLlavaProcessor.from_pretrained(world / "roe").save_pretrained(folder)
+    return folder
 
 
 def questions_of(world, **options):
@@ -320,11 +353,11 @@ def test_a_route_is_read_from_what_people_write():
             asked_route(wrong, 4)
 
 
-def test_answers_do_not_change_what_routers_decide(world, source):
+def test_answers_do_not_change_what_routers_decide(world, varied):
     """The most common route is taken from conversations with answers: as asked without."""
-    measured = open_questions(resolve_source(world / "roe"), questions_of(world, batch_size=3))
-    processor = RoeLlavaProcessor.from_pretrained(world / "roe")
-    for row, (batch, outputs) in enumerate(measured.run()):
+    measured = open_questions(resolve_source(varied), questions_of(world, batch_size=3))
+    model = measured.model
+    for number, (batch, outputs) in enumerate(measured.run()):
         for index in range(len(batch["labels"])):
             last = int((batch["labels"][index] != -100).nonzero()[-1])
             answers = batch["labels"][index] != -100
@@ -333,19 +366,16 @@ def test_answers_do_not_change_what_routers_decide(world, source):
             prompt |= {"routing_segments": batch["routing_segments"][index : index + 1, :start]}
             prompt |= {"pixel_values": batch["pixel_values"][index : index + 1]}
             with torch.no_grad():
-                assert torch.equal(source(**prompt).routes[0], outputs.routes[index]), (row, index)
-    assert processor.chat_template is not None
+                assert torch.equal(model(**prompt).routes[0], outputs.routes[index]), (number, index)
 
 
-def test_the_most_common_route_is_baked(tmp_path, world):
-    measured = open_questions(resolve_source(world / "roe"), questions_of(world))
+def test_the_most_common_route_is_baked(tmp_path, world, varied):
+    measured = open_questions(resolve_source(varied), questions_of(world))
     counts = measured.own_routes()
-    assert sum(counts.values()) == 12 and max(counts.values()) < 12
-    summary = bake(world / "roe", tmp_path / "out", questions=questions_of(world), drop_adapters="never")
-    config = RoeLlavaConfig.from_pretrained(tmp_path / "out")
-    route = tuple(layer not in config.skipped_layers for layer in range(NUM_LAYERS))
-    assert counts[route] == max(counts.values())
-    assert f"taken by {counts[route]} of 12 questions" in summary.lines["chosen"]
+    assert counts == {(True, True, False): 3, (True, False, True): 7, (True, True, True): 2}
+    summary = bake(varied, tmp_path / "out", questions=questions_of(world), drop_adapters="never")
+    assert RoeLlavaConfig.from_pretrained(tmp_path / "out").skipped_layers == [1]
+    assert "the most common of 3 routes, taken by 7 of 12 questions" in summary.lines["chosen"]
 
 
 def test_layers_are_chosen_by_the_loss_without_them(tmp_path, world):
@@ -380,14 +410,12 @@ def test_the_loss_is_that_of_the_model_on_its_labels(world, source):
 
 
 @pytest.mark.parametrize("is_idle", [True, False])
-def test_auto_leaves_adapters_out_where_that_loses_nothing(tmp_path, world, source, is_idle):
-    """Adapters that give nothing can be left out, those of the random model cannot."""
-    model = copy.deepcopy(source)
+def test_auto_leaves_adapters_out_where_that_loses_nothing(tmp_path, world, taught, is_idle):
+    """Adapters that give nothing can be left out, one that has learned cannot."""
+    model = RoeLlavaForConditionalGeneration.from_pretrained(taught)
     if is_idle:
         model.model.language_model.layers[1].adapter.up_proj.weight.data.zero_()
-    model.save_pretrained(tmp_path / "roe")
-    RoeLlavaProcessor.from_pretrained(world / "roe").save_pretrained(tmp_path / "roe")
-    summary = bake(tmp_path / "roe", tmp_path / "out", route="101", questions=questions_of(world))
+    summary = bake(saved(model, world, tmp_path / "roe"), tmp_path / "out", route="101", questions=questions_of(world))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == ("llava" if is_idle else "roe_llava")
     with_adapters, without = (summary.lines[name].split(", along")[0] for name in ("with", "without"))
@@ -395,10 +423,10 @@ def test_auto_leaves_adapters_out_where_that_loses_nothing(tmp_path, world, sour
     assert ("left out, a stock LLaVA" if is_idle else "kept, a RoE checkpoint") in str(summary)
 
 
-def test_the_tolerance_decides(tmp_path, world):
+def test_the_tolerance_decides(tmp_path, world, taught):
     for tolerance, model_type in ((0.0, "roe_llava"), (100.0, "llava")):
         out = tmp_path / model_type
-        bake(world / "roe", out, route="101", questions=questions_of(world), tolerance=tolerance)
+        bake(taught, out, route="101", questions=questions_of(world), tolerance=tolerance)
         assert json.loads((out / "config.json").read_text())["model_type"] == model_type
 
 
@@ -536,7 +564,7 @@ def test_other_commands_refuse_a_baked_checkpoint_by_name(tmp_path, world, baked
 
 def test_training_refuses_a_baked_checkpoint(tmp_path, world, capsys):
     data = world / "data" / "data.json"
-    words = ["train", "default", f"--model={world / 'baked'}", f"--data={data}", f"--output_dir={tmp_path / 'out'}"]
+    words = ["train", "frozen", f"--model={world / 'baked'}", f"--data={data}", f"--output_dir={tmp_path / 'out'}"]
     assert main(words) == 2
     assert "baked: its route is frozen" in capsys.readouterr().err
 
