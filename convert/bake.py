@@ -195,8 +195,8 @@ def decide(plan: Plan, route, drop_adapters: str, questions: Questions | None, t
 
 
 def scores(measured: Measured, route: Route) -> tuple[Score, Score, dict[str, str]]:
-    """The questions along the route with and without adapters, and lines that say so beside every layer kept."""
-    whole, with_adapters = measured.score((True,) * len(route)), measured.score(route)
+    """The questions along the route with and without adapters, and lines that say so beside what there was before."""
+    whole, routed, with_adapters = (measured.score(one) for one in ((True,) * len(route), None, route))
     with adapters_left_out(measured.model):
         without = measured.score(route)
     return (
@@ -206,6 +206,7 @@ def scores(measured: Measured, route: Route) -> tuple[Score, Score, dict[str, st
             "measured": f"{measured.number} questions with answers",
             "with": f"{with_adapters}, along the route with its adapters",
             "without": f"{without}, along the route without adapters",
+            "routed": f"{routed}, every question along its own route",
             "dense": f"{whole}, every layer kept",
         },
     )
@@ -264,10 +265,11 @@ def other_files(plan: Plan) -> StockFiles:
     """Config, processor and tokenizer of the result."""
     folder = plan.where.folder
     stock = find_stock_files(folder, plan.config, used=plan.checkpoint.files)
+    dropped = {name: reason for name, reason in stock.dropped.items() if not name.endswith(".py")}
     if plan.drops_adapters:
-        return StockFiles(folder, stock.copied, stock.written | {"config.json": shortened_config(plan)}, stock.dropped)
+        dropped |= {"*.py": "code of RoE, which stock LLaVA does without"} if dropped != stock.dropped else {}
+        return StockFiles(folder, stock.copied, stock.written | {"config.json": shortened_config(plan)}, dropped)
     own = [folder / name for name in stock.written if name != "config.json"]
-    dropped = {name: reason for name, reason in stock.dropped.items() if not name.endswith(".py")}  # written anew
     return StockFiles(folder, sorted([*stock.copied, *own]), {"config.json": baked_config(plan)}, dropped)
 
 

@@ -94,13 +94,13 @@ class Measured:
         """How many questions take which route by the routers' own decision."""
         return Counter(tuple(route) for _, outputs in self.run() for route in outputs.routes.tolist())
 
-    def score(self, route: Route) -> Score:
-        """The questions along one route.
+    def score(self, route: Route | None) -> Score:
+        """The questions along one route, or each along the one that its routers decide (`None`).
 
         Raises: ValueError if the loss is not finite.
         """
         losses, right = [], []
-        for batch, outputs in self.run(routes=list(route)):
+        for batch, outputs in self.run(**({} if route is None else {"routes": list(route)})):
             labels = batch["labels"].to(outputs.logits.device)
             losses.append(token_loss_per_example(outputs.logits, labels))
             targets, said = labels[:, 1:], outputs.logits[:, :-1].argmax(dim=-1)
@@ -108,7 +108,7 @@ class Measured:
         score = Score(torch.cat(losses).double().mean().item(), torch.cat(right).mean().item())
         if not torch.isfinite(torch.tensor(score.loss)):
             raise ValueError(
-                f"the loss along route {as_text(route)} is {score.loss}, expected a finite one: do values overflow in "
+                f"the loss along {as_text(route) if route else 'its own routes'} is {score.loss}, expected a finite one: do values overflow in "
                 f"{self.model.dtype} (give another --dtype)?"
             )
         return score

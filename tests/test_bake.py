@@ -399,14 +399,30 @@ def test_layers_are_chosen_by_the_loss_without_them(tmp_path, world):
     )
 
 
-def test_the_loss_is_that_of_the_model_on_its_labels(world, source):
+@pytest.mark.parametrize("route", [ROUTE, None])
+def test_the_loss_is_that_of_the_model_on_its_labels(world, varied, route):
     """Every question counts alike, so batches of one give the mean that the model's own loss has."""
-    measured = open_questions(resolve_source(world / "roe"), questions_of(world, batch_size=1, number=5))
+    one, many = (
+        open_questions(resolve_source(varied), questions_of(world, batch_size=size, number=5)) for size in (1, 5)
+    )
     losses = []
-    for batch in measured.batches:
+    for batch in one.batches:
         with torch.no_grad():
-            losses.append(source(**batch, routes=ROUTE).loss.item())
-    assert measured.score(ROUTE).loss == pytest.approx(sum(losses) / 5, rel=1e-6)
+            losses.append(one.model(**batch, **({"routes": route} if route else {})).loss.item())
+    assert one.score(route).loss == pytest.approx(sum(losses) / 5, rel=1e-5)
+    assert many.score(route).loss == pytest.approx(sum(losses) / 5, rel=1e-5)
+
+
+def test_an_answer_is_right_if_every_token_of_it_is(world, taught):
+    """What the adapter learned makes answers right; one changed label makes each of them wrong."""
+    measured = open_questions(resolve_source(taught), questions_of(world))
+    before = measured.score(ROUTE).right
+    assert before > 0.5
+    for batch in measured.batches:
+        for labels in batch["labels"]:
+            place = (labels != -100).nonzero()[0]
+            labels[place] = (labels[place] + 1) % 32
+    assert measured.score(ROUTE).right == 0.0
 
 
 @pytest.mark.parametrize("is_idle", [True, False])
