@@ -37,7 +37,7 @@ from .adapter_roe import (
     tensor_kind,
 )
 from .baked_roe import refuse_baked
-from .configuration_roe import ROUTING_FIELDS
+from .configuration_roe import BAKED_FIELDS, ROUTING_FIELDS
 from .loading_roe import RoeLoadingMixin, source_config
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -100,7 +100,9 @@ class RoeGraftingMixin(RoeLoadingMixin):
     @classmethod
     def _load_base(cls, base, info: AdapterInfo, revision: str | None, check_base: bool, kwargs: dict):
         """A base from disk, its routing parts still random but of the adapter's sizes."""
-        if own := sorted(kwargs.keys() & {*ROUTING_FIELDS, "config", "output_loading_info", "allow_untrained"}):
+        if own := sorted(
+            kwargs.keys() & {*ROUTING_FIELDS, *BAKED_FIELDS, "config", "output_loading_info", "allow_untrained"}
+        ):
             raise ValueError(f"{listed(own)} given to from_base: sizes and routing fields are the adapter's")
         options = kwargs | ({} if revision is None else {"revision": revision})
         config = source_config(base, options)

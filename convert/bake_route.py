@@ -107,8 +107,9 @@ class Measured:
             right.append(((targets == -100) | (targets == said)).all(dim=1).float())
         score = Score(torch.cat(losses).double().mean().item(), torch.cat(right).mean().item())
         if not torch.isfinite(torch.tensor(score.loss)):
+            where = "its own routes" if route is None else f"route {as_text(route)}"
             raise ValueError(
-                f"the loss along {as_text(route) if route else 'its own routes'} is {score.loss}, expected a finite one: do values overflow in "
+                f"the loss along {where} is {score.loss}, expected a finite one: do values overflow in "
                 f"{self.model.dtype} (give another --dtype)?"
             )
         return score
