@@ -7,11 +7,13 @@ the adapter's output instead. A layer that no row keeps is not run and nothing i
 B batch, L decoder layers.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -134,14 +136,11 @@ class RouteKeeper:
         before, self.tokens_counted = self.tokens_counted, max(self.tokens_counted, self.tokens_seen)
         if before == self.tokens_counted or self.rows is None:
             return 0
-        saved = 0
-        for layer, rows in enumerate(self.rows):
+        saved, missing = 0, len(self.rows) - len(self.layers)  # the layers of a lazy cache end early
+        for layer, rows in zip([*self.layers, *[None] * missing], self.rows, strict=True):
             if rows.none_kept or (rows.num_skipped and not self.holds_all_rows):
-                window = getattr(self.layers[layer], "sliding_window", None) if layer < len(self.layers) else None
-                new = self.tokens_counted - before
-                if window is not None:
-                    new = min(self.tokens_counted, window - 1) - min(before, window - 1)
-                saved += rows.num_skipped * new
+                most = most_held(layer)
+                saved += rows.num_skipped * (min(self.tokens_counted, most) - min(before, most))
         return saved
 
     def check_room(self, num_tokens: int) -> None:
@@ -280,6 +279,14 @@ class RoeCache(RouteKeeper, DynamicCache):
             index = [place[row] for row in source if row in place]
             layer.batch_select_indices(to_device(index, layer.keys.device))
         self._take_routes(source)
+
+
+def most_held(layer) -> float:
+    """How many tokens a cache's layer (or `None`, for one not made yet) holds at most: those of its window."""
+    if layer is None or not layer.is_sliding:
+        return math.inf
+    # A growing layer leaves out the token that is about to come.
+    return layer.sliding_window - 1 if isinstance(layer, DynamicLayer) else layer.max_cache_len
 
 
 def check_joinable(caches: Sequence[RoeCache], num_layers: int) -> None:

@@ -39,7 +39,8 @@ class RoutingReport:
         skipped: per layer, how many prompts skipped it.
         routes: "1101..." (1: the layer runs) to the number of prompts that took this route, the most common first.
         other_prompts: how many took a route that is not listed, beyond the first 65536.
-        saved_kv_bytes: of keys and values that no cache had to hold, of prompts and of generated tokens.
+        saved_kv_bytes: of keys and values that no cache had to hold, of prompts and of generated tokens, in the dtype that
+            is computed in (a quantised cache would have held them smaller).
         baked_layers: that are skipped for every input, of a baked model; `None` for a routed one.
         keeps_everything: whether routers decided for enough rows, all of them for every layer, and nobody had asked for
             that.
@@ -115,7 +116,7 @@ class RoutingTally:
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.has_warned = False
+        self.has_warned, self.token_numbers = False, None
         self.forget_decisions()
         self.clear()
 
@@ -212,18 +213,20 @@ class RoeReportMixin:
                 if routing.visible is not None and not asks_to_keep(routing.route_bias):
                     is_due = tally.add_unasked(routes)
             if cache is not None:
-                tally.saved_kv_bytes += cache.count_saved() * self.kv_token_bytes(outputs.logits.itemsize)
+                if tally.token_numbers is None:
+                    tally.token_numbers = kv_numbers(self.config.text_config)
+                tally.saved_kv_bytes += cache.count_saved() * tally.token_numbers * outputs.logits.itemsize
         if is_due:
             name = self.config._name_or_path or "this model"
             logger.warning(
                 f"{name}: {tally.unasked_rows} rows were routed and none skipped a layer: {KEEPS_EVERYTHING}"
             )
 
-    def kv_token_bytes(self, itemsize: int) -> int:
-        """Bytes of one token's keys and values in one layer, `itemsize` bytes a number."""
-        text = self.config.text_config
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return 2 * (text.num_key_value_heads or text.num_attention_heads) * head_size * itemsize
+
+def kv_numbers(config) -> int:
+    """Of a language model: how many numbers the keys and values of one token in one layer are."""
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * (config.num_key_value_heads or config.num_attention_heads) * head_size
 
 
 def asks_to_keep(route_bias: list) -> bool:

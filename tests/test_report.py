@@ -12,7 +12,7 @@ import tiny
 import torch
 from convert_helpers import make_base, train
 from tiny import NAMES, NUM_LAYERS, PATTERN, VOCAB
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from roe_llava import RoeCache, RoeLlavaForConditionalGeneration, report_roe
 from roe_llava.convert.adapter_file import save_adapter
@@ -145,6 +145,19 @@ def test_a_cache_of_all_rows_saves_layers_that_no_row_keeps(model):
         cache = StaticCache(model.config, max_cache_len=32)
         model(**tiny.batch(), past_key_values=cache, routes=torch.as_tensor(routes))
         assert model.routing_report().saved_kv_bytes == layers * 6 * cache.tokens_seen * 2 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["static", "lazy"])
+def test_windows_and_lazy_caches_of_all_rows(family, kind):
+    """The last layer, which a lazy cache never makes; a static window holds one token more than a growing one."""
+    model, name, steps = tiny.routed_model(family), "question", 4
+    cache = StaticCache(model.config, max_cache_len=32) if kind == "static" else DynamicCache()
+    inputs = tiny.alone(name)
+    model.generate(**inputs, routes=[True, True, True, False], past_key_values=cache, max_new_tokens=steps)
+    tokens = len(tiny.PROMPTS[name]) + steps - 1
+    held = min(tokens, tiny.WINDOW) if (family, kind) == ("mistral", "static") else tokens
+    assert model.routing_report().saved_kv_bytes == held * 2 * 2 * 8 * 4
 
 
 def test_bytes_are_those_of_the_dtype_that_is_computed_in(model):
