@@ -39,8 +39,8 @@ class RoutingReport:
         skipped: per layer, how many prompts skipped it.
         routes: "1101..." (1: the layer runs) to the number of prompts that took this route, the most common first.
         other_prompts: how many took a route that is not listed, beyond the first 65536.
-        saved_kv_bytes: of keys and values that no cache had to hold, of prompts and of generated tokens, in the dtype that
-            is computed in (a quantised cache would have held them smaller).
+        saved_kv_bytes: of keys and values that no cache had to hold, of prompts and of generated tokens, in the dtype
+            that is computed in (a quantised cache would have held them smaller).
         baked_layers: that are skipped for every input, of a baked model; `None` for a routed one.
         keeps_everything: whether routers decided for enough rows, all of them for every layer, and nobody had asked for
             that.
