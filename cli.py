@@ -9,6 +9,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "bake": ("convert.bake", "freeze one route into a smaller checkpoint, a stock LLaVA where that loses nothing"),
     "bench": ("benchmarks.bench", "time prefill and decoding beside the base and beside what is possible"),
     "calibrate": ("convert.calibrate", "measure the table for generate(skip_ratio=...) and store it with the routers"),
     "demo": ("examples.tiny_world.demo", "answer held-out questions with the shipped model, base beside RoE"),

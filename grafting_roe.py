@@ -36,7 +36,8 @@ from .adapter_roe import (
     split_routing_parts,
     tensor_kind,
 )
-from .configuration_roe import ROUTING_FIELDS
+from .baked_roe import refuse_baked
+from .configuration_roe import BAKED_FIELDS, ROUTING_FIELDS
 from .loading_roe import RoeLoadingMixin, source_config
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -80,6 +81,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
             check_loaded_base(base)
             model = cls._around(base, taken.info)
         model._take_adapter(taken, str(adapter), check_base)
+        model.tell_what_is_routed()
         return model
 
     def load_routing(self, adapter, *, check_base: bool = True, revision: str | None = None):
@@ -98,7 +100,9 @@ class RoeGraftingMixin(RoeLoadingMixin):
     @classmethod
     def _load_base(cls, base, info: AdapterInfo, revision: str | None, check_base: bool, kwargs: dict):
         """A base from disk, its routing parts still random but of the adapter's sizes."""
-        if own := sorted(kwargs.keys() & {*ROUTING_FIELDS, "config", "output_loading_info", "allow_untrained"}):
+        if own := sorted(
+            kwargs.keys() & {*ROUTING_FIELDS, *BAKED_FIELDS, "config", "output_loading_info", "allow_untrained"}
+        ):
             raise ValueError(f"{listed(own)} given to from_base: sizes and routing fields are the adapter's")
         options = kwargs | ({} if revision is None else {"revision": revision})
         config = source_config(base, options)
@@ -131,6 +135,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
     def _take_adapter(self, adapter: Adapter, name: str, check_base: bool) -> None:
         """Check an adapter against this model and put its parts in place of the present ones."""
         info = adapter.info
+        refuse_baked(self.config.skipped_layers, "there are none to replace", self.config._name_or_path)
         check_fits(info.sizes, RoutingSizes.of_config(self.config), name, self.config._name_or_path or "model")
         check_own_parts(self)
         if check_base:
@@ -145,6 +150,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
             setattr(old.get_submodule(owner), part, module)
         for field in ROUTING_FIELDS:
             setattr(self.config, field, getattr(fresh.config, field))
+        self.routing_tally.forget_decisions()
         self.config.roe_provenance = provenance(self.config, info, check_base)
 
 
