@@ -229,7 +229,7 @@ def base_on_hub(info: AdapterInfo, name) -> tuple[str, str]:
     """
     base = info.base or {}
     base_id, revision = base.get("id") or "", base.get("revision") or ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base_id) and re.fullmatch(r"[0-9a-f]{40}", revision):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base_id) and re.fullmatch(r"[0-9a-f]{40}", revision):
         return base_id, revision
     named = f"the base {record_name(base)!r}" if base_id else "no base"
     raise ValueError(

@@ -46,6 +46,8 @@ class RoeHubMixin:
         """Called by Transformers with the saved files, before anything is sent."""
         folder = Path(working_dir)
         check_texts(folder)
+        if getattr(self, "_hf_peft_config_loaded", False):  # LoRA matrices alone are saved then
+            return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
         names = tensor_names(folder)
         lost = len(self.state_dict()) - len(self.all_tied_weights_keys or {}) - len(names)
         if lost > 0:

@@ -317,7 +317,6 @@ def write_card(
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
-    picture_from: str | Path | None = None,
     **options,
 ) -> Path:
     """Write the card of a folder, with the picture it shows beside it.
@@ -325,7 +324,6 @@ def write_card(
     Args:
         out: file to write; README.md in the folder if not given.
         overwrite: replace a file that is there; an empty card of Transformers is always replaced.
-        picture_from: link this picture where it is, and write none.
         options: of `make_card`.
     Returns: the file.
     Raises: ValueError as `make_card`, or if the file is there.
@@ -336,11 +334,8 @@ def write_card(
         raise ValueError(f"{out.parent} is no folder: create it first")
     if out.exists() and not overwrite and not is_unwritten(out.read_text(encoding="utf-8")):
         raise ValueError(f"{out} is there already: give another --out, or replace it (--overwrite)")
-    if picture_from is not None:
-        options["picture"] = Path(os.path.relpath(picture_from, out.parent)).as_posix()
     card = make_card(opened, **options)
-    pictures = {} if picture_from is not None else card.pictures
-    for name, one in pictures.items():
+    for name, one in card.pictures.items():
         target = out.parent / name
         content = one if isinstance(one, bytes) else one.read_bytes()
         if target.exists() and target.read_bytes() != content and not overwrite:

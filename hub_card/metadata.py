@@ -14,7 +14,7 @@ try:
 except ImportError:
     import httpx
 
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TransportError = httpx.TransportError  # what a connection that breaks ends in; no OSError
 TAGS = ["llava", "routing-experts", "roe", "layer-skipping", "custom_code"]
 # How licence files begin, and the Hub's names of those licences.

@@ -112,7 +112,6 @@ def add_tiny_training(results: Results, training: dict, source: str) -> None:
     results.skips.append((roe["skip_ratio"], f"{number} questions, `{source}`"))
     results.scores += [
         score(dataset, "accuracy", "exact match", roe["accuracy"], source, split),
-        score(dataset, "accuracy", "exact match of the base", base["accuracy"], source, split),
         score(dataset, "skip_ratio", "share of layers skipped", roe["skip_ratio"], source, split),
     ]
     results.shares = dict(roe.get("routes") or {})
@@ -131,7 +130,6 @@ def add_demo(results: Results, demo: dict, source: str) -> None:
     dataset = ("tiny_world", f"tiny world, {overall['questions']} questions")
     results.scores += [
         score(dataset, "accuracy", "exact match", overall["roe"], source, "test"),
-        score(dataset, "accuracy", "exact match of the base", overall["base"], source, "test"),
         score(dataset, "skip_ratio", "share of layers skipped", overall["skip_ratio"], source, "test"),
     ]
 

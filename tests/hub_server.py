@@ -66,6 +66,8 @@ class Handler(HubWrites, BaseHTTPRequestHandler):
             self.describe(found[1], unquote(found[2] or "main"), with_body)
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
             self.list(*map(unquote, found.groups()), with_body)
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/(.+)", path):
+            self.list(*map(unquote, found.groups()[:2]), with_body, within=unquote(found[3]))
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path):
             self.refs(found[1])
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -89,12 +91,15 @@ class Handler(HubWrites, BaseHTTPRequestHandler):
         }
         self.send(json.dumps(content).encode(), {"Content-Type": "application/json"}, with_body)
 
-    def list(self, repo_id: str, revision: str, with_body: bool) -> None:
-        """Every file of a revision, folders not counted."""
+    def list(self, repo_id: str, revision: str, with_body: bool, within: str = "") -> None:
+        """Every file of a revision, or of a folder in it, folders not counted."""
         if (commit := self.commit(repo_id, revision)) is None:
             return
         folder = self.hub.repos[repo_id][commit]
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        if not (folder / within).is_dir():
+            self.refuse("EntryNotFound")
+            return
+        files = [path for path in sorted((folder / within).rglob("*")) if path.is_file()]
         entries = [
             {"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": digest(path)}
             for path in files

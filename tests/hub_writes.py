@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import yaml
 
 LARGE = (".safetensors", ".bin", ".png")
-REPO_ID = r"[\w.-]+/[\w.-]+"
+REPO_ID = r"\w[\w.-]*/\w[\w.-]*"
 
 
 class HubWrites:

@@ -1,10 +1,12 @@
 """`roe-llava push` and `push_to_hub`: for real against a Hub on this machine, opened where the package is not there."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,11 +19,54 @@ from test_remote_code import NO_PACKAGE
 from roe_llava import RoeLlavaProcessor
 from roe_llava.convert.adapter_file import save_adapter
 
-COMMANDS = """
-import shlex, sys
+# A process with the package that takes work line by line: importing takes longer than any of it.
+AUTHOR = """
+import contextlib, io, json, os, shlex, sys, traceback
 from roe_llava.cli import main
-sys.exit(max(main(shlex.split(line)) for line in sys.argv[1:]))
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    os.environ["HF_TOKEN"] = asked["token"]
+    said, wrong = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(wrong):
+        try:
+            code = main(shlex.split(asked["words"])) if "words" in asked else exec(asked["script"], {}) or 0
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+    print(json.dumps([code, said.getvalue(), wrong.getvalue()]), flush=True)
 """
+
+
+@dataclass
+class Author:
+    """Somebody who pushes."""
+
+    process: subprocess.Popen
+
+    def ask(self, **asked) -> "Done":
+        self.process.stdin.write(json.dumps({"token": "hf_test"} | asked) + "\n")
+        self.process.stdin.flush()
+        return Done(*json.loads(self.process.stdout.readline()))
+
+    def push(self, words: str, **asked) -> str:
+        """The commit of a push."""
+        done = self.ask(words=f"push {words}", **asked)
+        assert done.code == 0, done.wrong
+        return re.search(r"commit (\w{40})$", done.said, flags=re.MULTILINE)[1]
+
+    def refused(self, words: str, **asked) -> str:
+        """The error of a push that was refused."""
+        done = self.ask(words=f"push {words}", **asked)
+        assert done.code == 2 and "Traceback" not in done.wrong, done.wrong
+        return done.wrong.splitlines()[-1]
+
+
+@dataclass
+class Done:
+    code: int
+    said: str
+    wrong: str
 
 
 @pytest.fixture(scope="module")
@@ -51,26 +96,31 @@ def hub(place):
     assert not hub.unknown
 
 
-@pytest.fixture
-def start(hub, place, tmp_path):
-    """Runs Python in a process of its own with an empty cache: with the package, or without."""
+@pytest.fixture(scope="module")
+def author(hub, place, tmp_path_factory):
+    environment = os.environ | hub.environment(tmp_path_factory.mktemp("cache")) | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", AUTHOR], env=environment, cwd=place, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        yield Author(process)
+        process.stdin.close()
 
-    def start(script: str, *arguments, package: bool = True, token: str = "hf_test") -> subprocess.CompletedProcess:
-        kept = {name: value for name, value in os.environ.items() if package or name != "PYTHONPATH"}
-        cache = tmp_path / f"cache{len(list(tmp_path.iterdir()))}"
-        environment = kept | hub.environment(cache) | {"HF_TOKEN": token, "OMP_NUM_THREADS": "1"}
-        head = "" if package else NO_PACKAGE
-        command = [sys.executable, "-c", head + textwrap.dedent(script), *map(str, arguments)]
-        return subprocess.run(
+
+@pytest.fixture
+def reader(hub, place, tmp_path):
+    """Runs Python in a process of its own, with an empty cache and without the package."""
+
+    def read(script: str, *arguments) -> None:
+        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
+        environment = kept | hub.environment(tmp_path / "cache") | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", NO_PACKAGE + textwrap.dedent(script), *map(str, arguments)]
+        done = subprocess.run(
             command, env=environment, cwd=place, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
         )
+        assert done.stdout.endswith("answered\n"), done.stderr
 
-    return start
-
-
-def commits(done) -> list[str]:
-    assert done.returncode == 0, done.stderr
-    return re.findall(r"commit (\w{40})$", done.stdout, flags=re.MULTILINE)
+    return read
 
 
 ANSWERS = """
@@ -98,68 +148,63 @@ ANSWERS = """
 """
 
 
-def test_pushed_models_open_by_id_branch_and_pinned_commit_without_the_package(start, hub, place):
-    done = start(COMMANDS, "push one me/model", "push two me/model --message 'Second'", "push one me/model --revision b/1")
-    first, second, on_branch = commits(done)
-    assert [(branch, text) for _, branch, text in hub.history] == [
+def test_pushed_models_open_by_id_branch_and_pinned_commit_without_the_package(author, reader, hub):
+    first = author.push("one me/model")
+    assert author.push("two me/model --message 'Second'") != first
+    on_branch = author.push("one me/model --revision b/1")
+    assert [(branch, text) for repo_id, branch, text in hub.history if repo_id == "me/model"] == [
         ("main", "Upload RoE-LLaVA with roe-llava push"),
         ("main", "Second"),
         ("b/1", "Upload RoE-LLaVA with roe-llava push"),
     ]
-    assert "README.md (made now)" in done.stdout and f'revision="{first}"' in done.stdout
-    opened = start(ANSWERS, "me/model two", f"me/model one {first}", "me/model one b/1", package=False)
-    assert opened.stdout.endswith("answered\n"), opened.stderr
-
     card = (hub.repos["me/model"][on_branch] / "README.md").read_text()
     assert 'model_info(repo_id, revision="b/1")' in card
     (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    shown = start(snippet, package=False)
-    assert shown.returncode == 0, shown.stderr
-    assert second != on_branch
+    script = textwrap.dedent(ANSWERS).replace('print("answered")', f'{snippet}\nprint("answered")')
+    reader(script, "me/model two", f"me/model one {first}", "me/model one b/1")
 
 
-def test_a_push_that_breaks_leaves_the_old_commit_and_can_be_repeated(start, hub):
-    (first,) = commits(start(COMMANDS, "push one me/broken"))
+def test_a_push_that_breaks_leaves_the_old_commit_and_can_be_repeated(author, hub):
+    first = author.push("one me/broken")
     hub.drop = "commit"
-    broken = start(COMMANDS, "push two me/broken")
-    assert broken.returncode == 2 and "connection to the Hub broke while me/broken" in broken.stderr, broken.stderr
-    assert "Traceback" not in broken.stderr and hub.names["me/broken"]["main"] == first
-    hub.drop, blobs = None, len(hub.blobs)
-    (second,) = commits(start(COMMANDS, "push two me/broken"))
-    assert hub.names["me/broken"]["main"] == second != first and len(hub.blobs) == blobs  # nothing was sent twice
+    error = author.refused("two me/broken")
+    assert "the connection to the Hub broke while me/broken was written" in error
+    assert hub.names["me/broken"]["main"] == first
+    hub.drop, blobs = None, {*hub.blobs}
+    second = author.push("two me/broken")
+    assert hub.names["me/broken"]["main"] == second != first
+    assert {*hub.blobs} == blobs  # no weights were sent twice
 
 
 @pytest.mark.slow  # huggingface_hub tries five times, and waits longer each time
-def test_an_upload_that_breaks_leaves_the_old_commit_and_can_be_repeated(start, hub):
-    (first,) = commits(start(COMMANDS, "push two me/cut"))
+def test_an_upload_that_breaks_leaves_the_old_commit_and_can_be_repeated(author, reader, hub):
+    first = author.push("two me/cut")
     hub.blobs.clear()
     hub.drop = "upload"
-    broken = start(COMMANDS, "push one me/cut")
-    assert broken.returncode == 2 and "connection to the Hub broke" in broken.stderr, broken.stderr
-    assert hub.names["me/cut"]["main"] == first
+    assert "connection to the Hub broke" in author.refused("one me/cut")
+    assert hub.names["me/cut"]["main"] == first and not hub.blobs
     hub.drop = None
-    (second,) = commits(start(COMMANDS, "push one me/cut"))
-    opened = start(ANSWERS, "me/cut one", f"me/cut two {first}", package=False)
-    assert opened.stdout.endswith("answered\n"), opened.stderr
-    assert second != first
+    author.push("one me/cut")
+    reader(ANSWERS, "me/cut one", f"me/cut two {first}")
 
 
-def test_weights_of_an_earlier_push_are_replaced_as_a_whole(start, hub, place):
-    script = """
-        import sys
-        from roe_llava import RoeLlavaForConditionalGeneration as Roe, RoeLlavaProcessor
-        from roe_llava.cli import main
-        Roe.from_pretrained("two").save_pretrained("shards", max_shard_size="20KB")
-        RoeLlavaProcessor.from_pretrained("two").save_pretrained("shards")
-        sys.exit(max(main(["push", folder, "me/shards"]) for folder in ("one", "shards")))
-    """
-    done = start(script)
-    *_, last = commits(done)
-    names = {path.name for path in hub.repos["me/shards"][last].iterdir()}
+SHARDS = """
+from roe_llava import RoeLlavaForConditionalGeneration as Roe, RoeLlavaProcessor
+
+Roe.from_pretrained("two").save_pretrained("shards", max_shard_size="20KB")
+RoeLlavaProcessor.from_pretrained("two").save_pretrained("shards")
+"""
+
+
+def test_weights_of_an_earlier_push_are_replaced_as_a_whole(author, reader, hub):
+    author.push("one me/shards")
+    assert author.ask(script=SHARDS).code == 0
+    done = author.ask(words="push shards me/shards")
+    assert done.code == 0 and "deleted there: model.safetensors" in done.said, done.wrong
+    commit = hub.names["me/shards"]["main"]
+    names = {path.name for path in hub.repos["me/shards"][commit].iterdir()}
     assert "model.safetensors" not in names and "model.safetensors.index.json" in names  # it would be read first
-    assert "deleted there: model.safetensors" in done.stdout and ".gitattributes" in names
-    opened = start(ANSWERS, "me/shards two", package=False)
-    assert opened.stdout.endswith("answered\n"), opened.stderr
+    reader(ANSWERS, "me/shards two")
 
 
 PUSH_TO_HUB = """
@@ -188,13 +233,12 @@ PUSH_TO_HUB = """
 """
 
 
-def test_push_to_hub_of_model_and_processor_gives_a_repository_that_opens(start, hub):
-    done = start(PUSH_TO_HUB)
-    assert done.returncode == 0, done.stderr
+def test_push_to_hub_of_model_and_processor_gives_a_repository_that_opens(author, reader, hub):
+    done = author.ask(script=PUSH_TO_HUB)
+    assert done.code == 0, done.wrong
     assert "me/path" not in hub.repos
     assert len(hub.repos["me/part"]) == 1  # made, and empty
-    opened = start(ANSWERS, "me/direct one", package=False)
-    assert opened.stdout.endswith("answered\n"), opened.stderr
+    reader(ANSWERS, "me/direct one")
 
 
 # ------------------------------------------------------------------------------------------------------ adapter alone
@@ -227,35 +271,29 @@ ADAPTER = """
 """
 
 
-def test_a_repository_with_the_adapter_alone_brings_its_base_in_one_call(start, hub, place):
+def test_a_repository_with_the_adapter_alone_brings_its_base_in_one_call(author, reader, hub, place):
     hub.add("me/base", place / "base")
-    hub.add("me/other", place / "one")  # no base
-    done = start(COMMANDS, "push adapter me/adapter --base me/base")
-    (commit,) = commits(done)
+    commit = author.push("adapter me/adapter --base me/base")
     names = {path.name for path in hub.repos["me/adapter"][commit].iterdir()}
     assert {"roe_adapter.safetensors", "roe_adapter.json", "config.json", "hub_roe.py"} <= names
     assert not [name for name in names if name.startswith("model.")]
-    opened = start(ADAPTER, commit, package=False)
-    assert opened.stdout.endswith("answered\n"), opened.stderr
+    reader(ADAPTER, commit)
 
 
-def test_an_adapter_whose_base_is_a_folder_or_another_one_is_refused(start, hub, place):
-    hub.add("me/base", place / "base")
+def test_an_adapter_whose_base_is_a_folder_or_another_one_is_refused(author, hub, place):
     hub.add("me/stranger", make_base(place / "stranger", seed=7))
-    named = start(COMMANDS, "push adapter me/refused")
-    assert named.returncode == 2 and "names the base 'base', expected the id of a repository" in named.stderr
-    other = start(COMMANDS, "push adapter me/refused --base me/stranger")
-    assert other.returncode == 2 and "me/stranger is not the base" in other.stderr
+    assert "names the base 'base', expected the id of a repository" in author.refused("adapter me/refused")
+    assert "me/stranger is not the base" in author.refused("adapter me/refused --base me/stranger")
     assert "me/refused" not in hub.repos
 
 
 # ------------------------------------------------------------------------------------------------- what the Hub refuses
 
 
-def test_no_token_and_a_public_repository_are_refused(start, hub):
-    commits(start(COMMANDS, "push one me/public", "push one me/secret --private"))
+def test_no_token_and_a_public_repository_are_refused(author, hub):
+    first = author.push("one me/public")
+    author.push("one me/secret --private")
     assert hub.private == {"me/secret"}
-    refused = start(COMMANDS, "push two me/public --private")
-    assert refused.returncode == 2 and "me/public is there and public" in refused.stderr
-    refused = start(COMMANDS, "push two me/public", token="")
-    assert refused.returncode == 2 and "no token for the Hub" in refused.stderr
+    assert "me/public is there and public" in author.refused("two me/public --private")
+    assert "no token for the Hub" in author.refused("two me/public", token="")
+    assert hub.names["me/public"]["main"] == first
