@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers.utils.hub import has_file
 
-from .adapter_roe import RoutingSizes, check_routing_parts, listed, split_routing_parts
+from .adapter_roe import RoutingSizes, listed, routing_shapes, split_routing_parts
 
 # User tokens and those of organisations; real ones are longer, names like hf_hub_download hold further underscores.
 TOKEN = re.compile(r"\b(?:hf|api_org|hf_oauth)_[A-Za-z0-9]{20,}\b")
@@ -55,18 +55,19 @@ class RoeHubMixin:
                 f"{lost} of the model's tensors would not be in {repo_id}: was it saved with a part of its state_dict?"
             )
         parts = split_routing_parts(names)[1]
-        check_routing_parts(parts, RoutingSizes.of_config(self.config), f"what is sent to {repo_id}")
+        if absent := sorted(routing_shapes(RoutingSizes.of_config(self.config)).keys() - parts.keys()):
+            raise ValueError(f"{listed(absent)} would not be in {repo_id}: was it saved with a part of its state_dict?")
         if not (folder / "model.safetensors").is_file():
             check_not_hidden(repo_id, kwargs.get("revision"), kwargs.get("token"))
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
-def tensor_names(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name on disk to shape of every tensor in a folder's safetensors files, of which headers alone are read."""
+def tensor_names(folder: Path) -> dict[str, str]:
+    """Name on disk to file of every tensor in a folder's safetensors files, of which headers alone are read."""
     found = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            found |= dict.fromkeys(file.keys(), path.name)
     return found
 
 

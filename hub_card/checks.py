@@ -107,8 +107,8 @@ def check_processor(folder: ModelFolder) -> bool:
         )
     with blamed_on(path):
         is_ours = read_json(path).get("processor_class") == RoeLlavaProcessor.__name__
-        cls, options = (RoeLlavaProcessor, {}) if is_ours else (AutoProcessor, {"trust_remote_code": False})
-        processor = cls.from_pretrained(folder.path, **options)
+        cls = RoeLlavaProcessor if is_ours else AutoProcessor
+        processor = cls.from_pretrained(folder.path, trust_remote_code=False)  # the class at hand, not the folder's
     if folder.is_adapter:
         return True
     found = processor.tokenizer.get_vocab().get(processor.image_token)

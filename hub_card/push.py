@@ -206,9 +206,13 @@ def push(plan: Push, *, private: bool = False, message: str | None = None) -> st
         raise ValueError("there is no token for the Hub: `hf auth login`, or set HF_TOKEN to one that may write")
     try:
         return send(plan, private, message or default_message(plan))
-    except TransportError as error:
+    except (
+        TransportError,
+        RuntimeError,
+    ) as error:  # of an upload that it gave up, huggingface_hub makes a RuntimeError
+        reason = error if error.__cause__ is None or isinstance(error, TransportError) else f"{error} {error.__cause__}"
         raise OSError(
-            f"the connection to the Hub broke while {plan.repo_id} was written ({error}): it holds all of the commit "
+            f"the connection to the Hub broke while {plan.repo_id} was written ({reason}): it holds all of the commit "
             "or nothing of it. Run the same command again; large files that have arrived are not sent twice"
         ) from error
 

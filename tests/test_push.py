@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
 from convert_helpers import make_base, tiny_inputs, train
 from hub_server import running_hub
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
 from test_remote_code import NO_PACKAGE
@@ -164,13 +166,23 @@ def test_pushed_models_open_by_id_branch_and_pinned_commit_without_the_package(a
     reader(script, "me/model two", f"me/model one {first}", "me/model one b/1")
 
 
+@contextmanager
+def dropping(hub, kind: str):
+    """Connections that send such are dropped in the middle."""
+    hub.drop = kind
+    try:
+        yield
+    finally:
+        hub.drop = None
+
+
 def test_a_push_that_breaks_leaves_the_old_commit_and_can_be_repeated(author, hub):
     first = author.push("one me/broken")
-    hub.drop = "commit"
-    error = author.refused("two me/broken")
+    with dropping(hub, "commit"):
+        error = author.refused("two me/broken")
     assert "the connection to the Hub broke while me/broken was written" in error
     assert hub.names["me/broken"]["main"] == first
-    hub.drop, blobs = None, {*hub.blobs}
+    blobs = {*hub.blobs}
     second = author.push("two me/broken")
     assert hub.names["me/broken"]["main"] == second != first
     assert {*hub.blobs} == blobs  # no weights were sent twice
@@ -180,10 +192,9 @@ def test_a_push_that_breaks_leaves_the_old_commit_and_can_be_repeated(author, hu
 def test_an_upload_that_breaks_leaves_the_old_commit_and_can_be_repeated(author, reader, hub):
     first = author.push("two me/cut")
     hub.blobs.clear()
-    hub.drop = "upload"
-    assert "connection to the Hub broke" in author.refused("one me/cut")
+    with dropping(hub, "upload"):
+        assert "connection to the Hub broke" in author.refused("one me/cut")
     assert hub.names["me/cut"]["main"] == first and not hub.blobs
-    hub.drop = None
     author.push("one me/cut")
     reader(ANSWERS, "me/cut one", f"me/cut two {first}")
 
@@ -234,7 +245,7 @@ PUSH_TO_HUB = """
 
 
 def test_push_to_hub_of_model_and_processor_gives_a_repository_that_opens(author, reader, hub):
-    done = author.ask(script=PUSH_TO_HUB)
+    done = author.ask(script=textwrap.dedent(PUSH_TO_HUB))
     assert done.code == 0, done.wrong
     assert "me/path" not in hub.repos
     assert len(hub.repos["me/part"]) == 1  # made, and empty
@@ -272,8 +283,11 @@ ADAPTER = """
 
 
 def test_a_repository_with_the_adapter_alone_brings_its_base_in_one_call(author, reader, hub, place):
-    hub.add("me/base", place / "base")
+    (place / "base" / "README.md").write_text("---\nlicense: mit\n---\n# The base\n")
+    of_base = hub.add("me/base", place / "base")
     commit = author.push("adapter me/adapter --base me/base")
+    card = ModelCard((hub.repos["me/adapter"][commit] / "README.md").read_text())
+    assert (card.data.license, card.data.base_model) == ("mit", "me/base") and of_base in card.text
     names = {path.name for path in hub.repos["me/adapter"][commit].iterdir()}
     assert {"roe_adapter.safetensors", "roe_adapter.json", "config.json", "hub_roe.py"} <= names
     assert not [name for name in names if name.startswith("model.")]
