@@ -77,7 +77,8 @@ class RoeGraftingMixin(RoeLoadingMixin):
         model = cls._load_base(base, base_revision, check_base, kwargs, taken.info, config)
         model._take_adapter(taken, str(adapter), check_base)
         for field in ROUTING_FIELDS if config is not None else ():
-            setattr(model.config, field, getattr(config, field))
+            if getattr(config, field) is not None:  # a table that was measured since stands in the adapter alone
+                setattr(model.config, field, getattr(config, field))
         return model
 
     @classmethod
