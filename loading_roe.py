@@ -5,6 +5,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
+from .hub_roe import RoeHubMixin
+
 logger = logging.get_logger(__name__)
 # Below Transformers' own logger, so that its verbosity decides, whatever module this file is loaded as.
 notices = logging.get_logger("transformers.roe_llava")
@@ -21,7 +23,7 @@ AUTO_MAP = {
 ROE_PARTS = (".router.", ".adapter.", ".routing_tokens.")
 
 
-class RoeLoadingMixin:
+class RoeLoadingMixin(RoeHubMixin):
     """`from_pretrained` that refuses incomplete checkpoints, `save_pretrained` that names the code."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
