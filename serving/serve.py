@@ -1,0 +1,79 @@
+"""`roe-llava serve MODEL ...`: `transformers serve` that knows RoE checkpoints.
+
+Registers our classes with the Auto classes and by name where the server looks names up, refuses what cannot keep a
+route per request, and hands the arguments on. Answers take the routes that `generate` takes; requests run one by one.
+"""
+
+import sys
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers.models.auto import modeling_auto
+
+from ..configuration_roe import RoeLlavaConfig
+from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
+from ..processing_roe import RoeLlavaProcessor
+
+REFUSED = {
+    "--continuous-batching": (
+        "it packs several requests into one row, and a row has one route. Leave it out: requests run one by one"
+    ),
+    "--compile": "it compiles the model as one graph, and every route has its own layers. Leave it out",
+}
+
+
+def register() -> None:
+    """Make our type one that Transformers knows: no code of a checkpoint runs, and nobody is asked to trust it."""
+    AutoConfig.register(RoeLlavaConfig.model_type, RoeLlavaConfig, exist_ok=True)
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(RoeLlavaConfig, RoeLlavaForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(RoeLlavaConfig, RoeLlavaProcessor, exist_ok=True)
+    # The server (5.23) chooses the Auto class by model type, and what a message may hold by class name: in the second
+    # table alone a model takes pictures and no sound.
+    for names in (
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    ):
+        names[RoeLlavaConfig.model_type] = RoeLlavaForConditionalGeneration.__name__
+
+
+def check_words(words: list[str]) -> None:
+    """Raises: ValueError for options of `transformers serve` that routes do not survive."""
+    for word in words:
+        name = word.split("=", 1)[0].replace("_", "-")
+        if name in REFUSED:
+            raise ValueError(f"{name} is not supported: {REFUSED[name]}")
+
+
+def check_installed() -> None:
+    """Raises: ValueError if the server's requirements are missing."""
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ValueError('the server needs more packages: pip install "roe-llava[serve]" (transformers[serving])')
+
+
+def run(args) -> None:
+    """The command; `args.rest` are the words for `transformers serve`.
+
+    Raises: ValueError for options that routes do not survive, and for missing requirements.
+    """
+    check_words(args.rest)
+    if not {"--help", "-h"} & set(args.rest):
+        check_installed()
+    from transformers.cli.transformers import app
+
+    register()
+    app(["serve", *args.rest], prog_name="roe-llava", standalone_mode=False)
+
+
+def main() -> None:
+    """For `python -m roe_llava.serving.serve`."""
+    from argparse import Namespace
+
+    run(Namespace(rest=sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
+
+__all__ = ["check_words", "register", "run"]
