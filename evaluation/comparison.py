@@ -4,6 +4,8 @@ from .suite import benchmark_of
 
 # Entries of lmms-eval's results that are no scores.
 NOT_SCORES = ("alias", "samples", "submission")
+ROUTING = "routing"  # where lmms-eval names a filter, in what is put beside its scores
+BESIDE_SCORES = ("skip_ratio", "distinct_routes", "seconds")
 
 
 def scores_of(task: str, result: dict) -> dict[str, float]:
@@ -16,11 +18,18 @@ def scores_of(task: str, result: dict) -> dict[str, float]:
     for key, value in result.items():
         name, _, kind = key.partition(",")
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and name not in NOT_SCORES and "_stderr" not in name and kind:
+        if is_number and name not in NOT_SCORES and "_stderr" not in name and kind not in ("", ROUTING):
             found[name if kind == "none" else f"{name} ({kind})"] = float(value)
     known = benchmark_of(task)
     chosen = {name: found[name] for name in known.metrics if name in found} if known else {}
     return chosen or found
+
+
+def put_beside_scores(results: dict, routing: dict[str, dict]) -> None:
+    """Realised skip ratio, distinct routes and seconds into lmms-eval's own results, task by task, in place."""
+    results[ROUTING] = routing
+    for task, summary in routing.items():
+        results["results"].setdefault(task, {}).update({f"{name},{ROUTING}": summary[name] for name in BESIDE_SCORES})
 
 
 def summarize(results: dict, routing: dict[str, dict]) -> dict[str, dict]:
@@ -48,7 +57,9 @@ def rows(routed: dict | None, dense: dict | None) -> list[dict]:
         one, other = (routed or {}).get(task), (dense or {}).get(task)
         if one and other and one["routing"]["examples"] != other["routing"]["examples"]:
             counts = one["routing"]["examples"], other["routing"]["examples"]
-            raise ValueError(f"{task}: {counts[0]} examples routed and {counts[1]} dense cannot be compared: same --limit?")
+            raise ValueError(
+                f"{task}: {counts[0]} examples routed and {counts[1]} dense cannot be compared: same --limit?"
+            )
         names = dict.fromkeys([*(one["scores"] if one else ()), *(other["scores"] if other else ())])
         table += [row_of(task, name, one, other) for name in names or [None]]
     return table
@@ -100,9 +111,10 @@ def markdown(table: list[dict]) -> str:
     shown = {name: what for name, what in COLUMNS.items() if any(row[name] is not None for row in table)}
     lines = [[title for title, _ in shown.values()], ["---"] * len(shown)]
     lines += [
-        ["" if row[name] is None else pattern.format(row[name]) for name, (_, pattern) in shown.items()] for row in table
+        ["" if row[name] is None else pattern.format(row[name]) for name, (_, pattern) in shown.items()]
+        for row in table
     ]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-__all__ = ["markdown", "rows", "scores_of", "summarize"]
+__all__ = ["markdown", "put_beside_scores", "rows", "scores_of", "summarize"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .suite import BENCHMARKS, tasks_of
 
-INSTALL = "roe-llava's requirements for it are in evaluation/requirements.txt; docs/evaluation.md says how to install"
+INSTALL = 'pip install "roe-llava[eval]" && pip install --no-deps lmms-eval==0.7.3 (docs/evaluation.md says why so)'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the results in OUT")
     parser.add_argument("--include-path", type=Path, help="folder with more task files for lmms-eval")
     parser.add_argument("--revision", help="of the checkpoint on the Hub; pin it for results to keep")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's code, not this package's")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the checkpoint's code, not this package's"
+    )
     parser.add_argument("--dtype", default="auto", help="of the weights (%(default)s)")
     parser.add_argument("--device", help="such as cuda:0 or cpu (a GPU if there is one)")
     parser.add_argument("--device-map", help="auto, to spread the model over devices")
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     tasks = tasks_of(args.tasks)
     check_installed()
-    from .comparison import markdown, rows, summarize
+    from .comparison import markdown, put_beside_scores, rows, summarize
 
     runs = {}
     if args.dense_from:
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         results, routing = evaluate(kind == "dense", tasks, manager, args)
         if results is None:  # not the first of several processes
             continue
-        results["routing"] = routing
+        put_beside_scores(results, routing)
         runs[kind] = summarize(results, routing)
         write_json(args.output_dir / f"{kind}.json", results | {"summary": runs[kind]})
     if not runs:
@@ -78,7 +80,9 @@ def run(args: argparse.Namespace) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises: ValueError for arguments that contradict each other, counts below 1, or results that would be lost."""
-    if args.dense_only and (args.dense or args.dense_from or args.skip_ratio is not None or args.route_bias is not None):
+    if args.dense_only and (
+        args.dense or args.dense_from or args.skip_ratio is not None or args.route_bias is not None
+    ):
         raise ValueError("--dense-only keeps every layer: give it without --dense, --dense-from and routing options")
     if args.dense and args.dense_from:
         raise ValueError("--dense runs what --dense-from takes from an earlier run: give one")
@@ -107,6 +111,7 @@ def task_manager(tasks: list[str], args: argparse.Namespace):
 
     Raises: ValueError naming tasks that nobody knows.
     """
+    from accelerate import PartialState
     from lmms_eval.tasks import TaskManager
 
     from .tiny_world_task import TASK, write_task
@@ -114,7 +119,10 @@ def task_manager(tasks: list[str], args: argparse.Namespace):
     paths = [str(args.include_path)] if args.include_path else []
     known = TaskManager(include_path=paths, include_defaults=False)
     if TASK in tasks and TASK not in known.all_tasks:
-        paths.append(str(write_task(args.output_dir / "tiny_world_task", overwrite=True)))
+        paths.append(str(args.output_dir / "tiny_world_task"))
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                write_task(paths[-1], overwrite=True)
         known = TaskManager(include_path=paths, include_defaults=False)
     if not set(tasks) <= set(known.all_tasks):  # reading all of lmms-eval's takes a while
         known = TaskManager(include_path=paths)

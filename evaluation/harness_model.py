@@ -102,16 +102,22 @@ class RoeLlavaHarness(lmms):
         rows = [(*request.args, is_padding) for request, is_padding in zip(requests, padding, strict=True)]
         collator = Collator(rows, longest_first, group_fn=batched_together, grouping=True)
         answers = []
-        bar = tqdm(total=len(rows), disable=self.rank != 0, desc="Answering along routes")
-        for batch in collator.get_batched(n=self.batch_size):
-            answers += self.answer(batch)
-            bar.update(len(batch))
-            self.log.check_so_far()
-        bar.close()
+        with tqdm(total=len(rows), disable=self.rank != 0, desc="Answering along routes") as bar:
+            for number, batch in enumerate(collator.get_batched(n=self.batch_size)):
+                if number == 0:
+                    self.warm_up(batch)
+                answers += self.answer(batch)
+                bar.update(len(batch))
+                self.log.check_so_far()
         self.whole_log = self.log_of_all_processes()
         self.whole_log.check()
         self.report()
         return collator.get_original(answers)
+
+    def warm_up(self, batch: list[tuple]) -> None:
+        """Run a batch that is not counted: what a first call costs does not belong to the first task's time."""
+        with torch.inference_mode():
+            self._model.generate(**self.inputs(batch), **self.settings, do_sample=False, max_new_tokens=2)
 
     def answer(self, batch: list[tuple]) -> list[GenerationResult]:
         """The answers of requests of one task and equal settings; their routes and times go to the log."""
@@ -212,7 +218,9 @@ class RoeLlavaHarness(lmms):
 
     def generate_until_multi_round(self, requests):
         """Not available."""
-        raise ValueError("tasks of several rounds (generate_until_multi_round) are not supported: give single questions")
+        raise ValueError(
+            "tasks of several rounds (generate_until_multi_round) are not supported: give single questions"
+        )
 
 
 def routing_settings(dense: bool, skip_ratio: float | None, route_bias: float | None) -> dict:

@@ -39,7 +39,7 @@ def open_checkpoint(pretrained: str, *, revision=None, trust_remote_code=False, 
         from ..processing_roe import RoeLlavaProcessor as processor_class
 
         model = model_class.from_pretrained(pretrained, revision=revision, **load_options)
-        processor = processor_class.from_pretrained(pretrained, revision=revision)
+        processor = processor_class.from_pretrained(pretrained, revision=revision, trust_remote_code=False)
     else:
         # Whether to trust is for the caller to say; a checkpoint without code loads with either.
         options = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -1,7 +1,7 @@
 """The tiny world as a task of lmms-eval: a folder with a YAML file and a Parquet file, both made here.
 
-The questions are those of `examples.tiny_world.evaluate.family_examples`, so the task's accuracy is comparable with what
-the example measures itself. Nothing is downloaded.
+The questions are those of `examples.tiny_world.evaluate.family_examples`, so the task's accuracy is what the example
+measures itself. Nothing is downloaded.
 """
 
 import io

@@ -4,8 +4,6 @@ Registers our classes with the Auto classes and by name where the server looks n
 route per request, and hands the arguments on. Answers take the routes that `generate` takes; requests run one by one.
 """
 
-import sys
-
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers.models.auto import modeling_auto
 
@@ -27,13 +25,10 @@ def register() -> None:
     for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto_class.register(RoeLlavaConfig, RoeLlavaForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(RoeLlavaConfig, RoeLlavaProcessor, exist_ok=True)
-    # The server (5.23) chooses the Auto class by model type, and what a message may hold by class name: in the second
-    # table alone a model takes pictures and no sound.
-    for names in (
-        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    ):
-        names[RoeLlavaConfig.model_type] = RoeLlavaForConditionalGeneration.__name__
+    # The server (5.23) looks in this table for the model type when it loads, and for the class's name when it reads
+    # messages.
+    names = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    names[RoeLlavaConfig.model_type] = RoeLlavaForConditionalGeneration.__name__
 
 
 def check_words(words: list[str]) -> None:
@@ -52,28 +47,29 @@ def check_installed() -> None:
         raise ValueError('the server needs more packages: pip install "roe-llava[serve]" (transformers[serving])')
 
 
-def run(args) -> None:
+def run(args) -> int:
     """The command; `args.rest` are the words for `transformers serve`.
 
-    Raises: ValueError for options that routes do not survive, and for missing requirements.
+    Returns: exit status.
+    Raises: ValueError for options that routes do not survive, and for missing requirements; KeyboardInterrupt when
+        stopped from the keyboard.
     """
     check_words(args.rest)
     if not {"--help", "-h"} & set(args.rest):
         check_installed()
+    import click
     from transformers.cli.transformers import app
 
     register()
-    app(["serve", *args.rest], prog_name="roe-llava", standalone_mode=False)
+    try:
+        return app(["serve", *args.rest], prog_name="roe-llava", standalone_mode=False) or 0
+    except click.exceptions.Abort:
+        raise KeyboardInterrupt from None
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:  # a wrong word
+        error.show()
+        return error.exit_code
 
-
-def main() -> None:
-    """For `python -m roe_llava.serving.serve`."""
-    from argparse import Namespace
-
-    run(Namespace(rest=sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    main()
 
 __all__ = ["check_words", "register", "run"]
