@@ -111,18 +111,20 @@ def task_manager(tasks: list[str], args: argparse.Namespace):
 
     Raises: ValueError naming tasks that nobody knows.
     """
-    from accelerate import PartialState
     from lmms_eval.tasks import TaskManager
 
+    from .processes import join_processes
     from .tiny_world_task import TASK, write_task
 
     paths = [str(args.include_path)] if args.include_path else []
     known = TaskManager(include_path=paths, include_defaults=False)
     if TASK in tasks and TASK not in known.all_tasks:
         paths.append(str(args.output_dir / "tiny_world_task"))
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
-                write_task(paths[-1], overwrite=True)
+        accelerator = join_processes(args.device)
+        if accelerator is None or accelerator.is_main_process:
+            write_task(paths[-1], overwrite=True)
+        if accelerator:
+            accelerator.wait_for_everyone()
         known = TaskManager(include_path=paths, include_defaults=False)
     if not set(tasks) <= set(known.all_tasks):  # reading all of lmms-eval's takes a while
         known = TaskManager(include_path=paths)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .generation_settings import cut_at, generate_keywords, stop_words
 from .loading import MODEL_TYPE, open_checkpoint, torch_dtype
+from .processes import default_device, join_processes
 from .route_log import RouteLog
 
 PATIENCE = 256
@@ -60,9 +61,9 @@ class RoeLlavaHarness(lmms):
         super().__init__()
         self.settings = routing_settings(dense, skip_ratio, route_bias)
         self.batch_size = checked_batch_size(batch_size)
-        self.accelerator = process_group()
+        accelerator = join_processes(device)
         if device is None and device_map is None:
-            device = str(self.accelerator.device) if self.accelerator else default_device()
+            device = str(accelerator.device) if accelerator else default_device()
         if device is not None and device_map is not None:
             raise ValueError(f"device={device!r} and device_map={device_map!r} both say where the model goes: give one")
         self._model, self.processor = open_checkpoint(
@@ -79,10 +80,9 @@ class RoeLlavaHarness(lmms):
             self.settings = {}
         self._device = self._model.device
         self.log = self.whole_log = RouteLog(may_be_dense=dense, patience=int(patience))
-        if self.accelerator:
-            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        else:
-            del self.accelerator  # lmms-eval makes one of its own
+        if accelerator:  # else lmms-eval makes one of its own
+            self.accelerator = accelerator
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     @property
     def device(self) -> torch.device:
@@ -256,19 +256,6 @@ def longest_first(row: tuple) -> tuple:
 def batched_together(row: tuple) -> dict:
     """What the requests of a batch have in common: task, split, generation settings."""
     return {"task": row[4], "split": row[5], "settings": json.dumps(row[2], sort_keys=True, default=str)}
-
-
-def process_group():
-    """An `Accelerator` where several processes evaluate side by side (accelerate launch), else `None`."""
-    from accelerate import Accelerator, PartialState
-
-    return Accelerator() if PartialState().num_processes > 1 else None
-
-
-def default_device() -> str:
-    """The accelerator if there is one."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if found is None else found.type
 
 
 def synchronize(device: torch.device) -> None:

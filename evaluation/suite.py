@@ -13,14 +13,14 @@ class Benchmark:
     Attributes:
         task: its name in lmms-eval.
         metrics: the scores that count, first the one usually quoted.
-        published: what the LLaVA-1.5 paper gives for the 7B model, in the unit of its table; `None` if measured on
-            something else.
+        published: what is published for LLaVA-1.5-7B, in percent (MME: points), as VILA and MoE-LLaVA quote it; not
+            always on the same split or prompt, see docs/evaluation.md.
         judged: answers are judged by a model behind an API.
     """
 
     task: str
     metrics: tuple[str, ...]
-    published: float | None
+    published: float
     judged: bool = False
 
 

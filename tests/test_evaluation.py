@@ -3,6 +3,9 @@
 import importlib.metadata
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 
+import roe_llava
 from roe_llava import RoeLlavaForConditionalGeneration, RoeLlavaProcessor
 from roe_llava.cli import main
 from roe_llava.evaluation import suite
@@ -30,6 +34,7 @@ from roe_llava.examples.tiny_world.demo import SHIPPED
 from roe_llava.examples.tiny_world.evaluate import family_examples, share_right
 from roe_llava.examples.tiny_world.world import FAMILIES
 
+PACKAGE_PARENT = Path(roe_llava.__file__).resolve().parent.parent
 PER_FAMILY = 4
 OPTIONS = {"dtype": "float32", "device": "cpu"}
 
@@ -274,6 +279,16 @@ def test_lmms_eval_has_the_benchmark_and_its_scores(task_files, name, monkeypatc
     generate_keywords(config.get("generation_kwargs") or {}), stop_words(config.get("generation_kwargs") or {})
 
 
+def test_the_page_names_every_benchmark_and_its_published_figure():
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| `")}
+    for name, benchmark in suite.BENCHMARKS.items():
+        row = rows[f"| `{name}`"]
+        assert all(f"`{word}`" in row for word in (benchmark.task, *benchmark.metrics))
+    [published] = [line for line in page.splitlines() if line.startswith("| LLaVA-1.5-7B")]
+    assert published.split("|")[2:-1] == [f" {one.published} " for one in suite.BENCHMARKS.values()]
+
+
 def test_all_is_all_ten(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     assert len(suite.tasks_of(["all"])) == 10
@@ -396,3 +411,21 @@ def test_columns_without_numbers_are_left_out():
     run = {"t": {"scores": {"a": 0.25}, "routing": {"examples": 4, "seconds": 1.0, "skip_ratio": 0.5}}}
     header = markdown(rows(run, None)).splitlines()[0]
     assert "routed" in header and "dense" not in header and "speed-up" not in header
+
+
+@pytest.mark.slow
+def test_processes_share_the_questions_out(shipped_roe, task_folder, tmp_path, own_answers):
+    # One question fewer than all, so that one process is handed a question twice to keep step.
+    limit = PER_FAMILY * len(FAMILIES) - 1
+    words = ["--tasks", TASK, "--batch-size", "5", "--limit", limit, "--include-path", task_folder]
+    words += ["--output-dir", tmp_path / "out", "--dtype", "float32", "--device", "cpu"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "roe_llava"]
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE_PARENT), "OMP_NUM_THREADS": "1"}
+    command = [*launch, "evaluate", shipped_roe, *words]
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [row] = read(tmp_path / "out" / "comparison.json")["rows"]
+    routes = own_answers[1][:limit]
+    assert row["examples"] == limit
+    assert row["skip_ratio"] == pytest.approx(1 - routes.double().mean().item(), abs=1e-12)
+    assert row["distinct_routes"] == len(routes.unique(dim=0))
