@@ -11,6 +11,12 @@ from ..configuration_roe import RoeLlavaConfig
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from ..processing_roe import RoeLlavaProcessor
 
+USAGE = """\
+usage: roe-llava serve CHECKPOINT [--debug] [options of transformers serve]
+
+CHECKPOINT is a folder or Hub id; its code is not run, the installed package's is. These are the options of transformers
+serve; --continuous-batching and --compile are refused.
+"""
 REFUSED = {
     "--continuous-batching": (
         "it packs several requests into one row, and a row has one route. Leave it out: requests run one by one"
@@ -51,25 +57,31 @@ def run(args) -> int:
     """The command; `args.rest` are the words for `transformers serve`.
 
     Returns: exit status.
-    Raises: ValueError for options that routes do not survive, and for missing requirements; KeyboardInterrupt when
-        stopped from the keyboard.
+    Raises: SystemExit after help; ValueError for options that routes do not survive, and for missing requirements;
+        KeyboardInterrupt when stopped from the keyboard.
     """
     check_words(args.rest)
-    if not {"--help", "-h"} & set(args.rest):
+    wants_help = bool({"--help", "-h"} & set(args.rest))
+    if wants_help:
+        print(USAGE)
+    else:
         check_installed()
+        register()
     import click
     from transformers.cli.transformers import app
 
-    register()
     try:
-        return app(["serve", *args.rest], prog_name="roe-llava", standalone_mode=False) or 0
+        status = app(["serve", *args.rest], prog_name="roe-llava", standalone_mode=False)
     except click.exceptions.Abort:
         raise KeyboardInterrupt from None
     except click.exceptions.Exit as stop:
-        return stop.exit_code
+        status = stop.exit_code
     except click.ClickException as error:  # a wrong word
         error.show()
-        return error.exit_code
+        status = error.exit_code
+    if wants_help:
+        raise SystemExit(status or 0)
+    return status if isinstance(status, int) else 0
 
 
 __all__ = ["check_words", "register", "run"]

@@ -135,3 +135,9 @@ def test_missing_requirements_say_how_to_install_them(monkeypatch, capsys):
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     assert main(["serve", "anything"]) == 2
     assert 'pip install "roe-llava[serve]"' in capsys.readouterr().err
+
+
+def test_a_wrong_word_ends_with_status_2(capsys, monkeypatch):
+    monkeypatch.setattr("roe_llava.serving.serve.register", lambda: None)  # it would hold for every later test
+    assert main(["serve", "anything", "--nothing"]) == 2
+    assert "--nothing" in capsys.readouterr().err
