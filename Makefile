@@ -5,6 +5,7 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 # make test TORCH_ARGS="--index-url URL"
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
+LMMS_EVAL ?= lmms-eval==0.7.3
 DEMO_ARGS ?=
 BENCH_ARGS ?= --shape tiny --out out/bench/tiny.json --overwrite
 TEST_ARGS ?=
@@ -51,4 +52,6 @@ clean:  ## outputs and caches; .venv stays, as it takes minutes to build
 # Installed again when the requirements change. Editable: code is read from the clone.
 .venv/installed: setup.cfg pyproject.toml | .venv/torch
 	$(BIN)/python -m pip install -e ".[test]"
+	@# Without its requirements, which would replace torch; those that our tasks need are in the extras eval and test.
+	$(BIN)/python -m pip install --no-deps "$(LMMS_EVAL)"
 	touch $@

@@ -13,6 +13,8 @@ from transformers import CLIPImageProcessor
 
 from roe_llava import RoeLlavaProcessor
 from roe_llava.convert.adapter_file import save_adapter
+from roe_llava.convert.graft import graft
+from roe_llava.examples.tiny_world.demo import SHIPPED
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +135,11 @@ def adapter(tmp_path, shared_adapter):
 def base_copy(tmp_path, base):
     """A copy to damage."""
     return shutil.copytree(base, tmp_path / "base")
+
+
+@pytest.fixture(scope="session")
+def shipped_roe(tmp_path_factory):
+    """The shipped parts on the shipped base."""
+    folder = tmp_path_factory.mktemp("shipped") / "roe"
+    graft(SHIPPED / "base", SHIPPED / "roe", folder)
+    return folder
