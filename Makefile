@@ -9,6 +9,7 @@ LMMS_EVAL ?= lmms-eval==0.7.3
 DEMO_ARGS ?=
 BENCH_ARGS ?= --shape tiny --out out/bench/tiny.json --overwrite
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
 
 BIN := .venv/bin
 # Models come from folders; nothing here should ask the network for one.
@@ -23,7 +24,7 @@ bench: .venv/installed  ## times beside the base's; other models and a place for
 	$(OFFLINE) $(BIN)/roe-llava bench $(BENCH_ARGS)
 
 test: .venv/installed  ## everything that takes seconds
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 test-slow: .venv/installed  ## what trains or takes longer than a minute
 	@# pytest answers 5 when it finds no test; that alone is not a failure here.
