@@ -91,6 +91,7 @@ def draw_groups(groups: dict[str, list[Route]], title: str) -> RouteFigure:
         axis.set_xlabel(f"{skip_ratio(group):.0%} skipped", fontsize=9, color=FAINT)
     number_layers(axes[0], num_layers)
     draw_shares(axes[-1], routes)
+    axes[-1].set_title("all", loc="left", fontsize=11, fontweight="bold", color=INK, pad=6)
     return figure
 
 
