@@ -3,9 +3,8 @@
 from io import BytesIO
 
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from ..examples.tiny_world.pictures import FAINT, INK, KEPT, SKIPPED, bare
+from ..display.drawing import FAINT, INK, KEPT, SKIPPED, bare, legend_patches
 
 
 def route_map(shares: dict[str, float]) -> bytes:
@@ -31,8 +30,7 @@ def route_map(shares: dict[str, float]) -> bytes:
     axis.tick_params(length=0, labelsize=9, labelcolor=FAINT)
     axis.set_ylabel("decoder layer", color=INK)
     axis.set_title("Layers that run, by route; a column is as wide as its share of the inputs", loc="left", fontsize=11)
-    legend = [Patch(facecolor=KEPT, label="layer runs"), Patch(facecolor=SKIPPED, label="layer skipped")]
-    figure.legend(handles=legend, loc="lower right", ncols=2, frameon=False, bbox_to_anchor=(0.95, -0.04))
+    figure.legend(handles=legend_patches(), loc="lower right", ncols=2, frameon=False, bbox_to_anchor=(0.95, -0.04))
     image = BytesIO()
     figure.savefig(image, format="png", bbox_inches="tight", metadata={"Software": None})
     return image.getvalue()
