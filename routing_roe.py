@@ -55,6 +55,20 @@ def pad_segments(segments: Tensor, length: int) -> Tensor:
     return nn.functional.pad(segments, (0, missing), value=-1)
 
 
+def check_segments_with_labels(segments: Tensor, labels: Tensor) -> None:
+    """Raises: ValueError if segments (B, S') do not cover labelled tokens (B, S): rows may have moved since.
+
+    TRL makes segments of left-padded prompts, appends completions and moves rows to the left; a question would then
+    reach into its answer.
+    """
+    if segments.shape[1] < labels.shape[1]:
+        raise ValueError(
+            f"routing_segments cover {segments.shape[1]} of {labels.shape[1]} labelled tokens: were they made of the "
+            "prompts alone (TRL with prompt/completion rows)? Give rows of `messages`, or take routing_segments out of "
+            "the batch: they are then made from the labels"
+        )
+
+
 def inference_visibility(segments: Tensor, question: str = "last_turn") -> Tensor:
     """What the pair of routing tokens reads at inference, besides itself: (B, 2, S) bool (image token, text token).
 
