@@ -44,7 +44,7 @@ from .routing_roe import (
     Routing,
     RoutingPhase,
     check_request,
-    check_segments_with_labels,
+    check_segments_cover,
     checked_route_bias,
     checked_routes,
     default_segments,
@@ -377,7 +377,14 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
         check_routers(self.language_model.layers)
         segments = request["routing_segments"]
         if segments is None:
+            if self.training and cache is None:  # the head makes them of its labels
+                logger.warning_once(
+                    "training without routing_segments or labels: routers read all text behind the last image, answers "
+                    "included. RoeLlavaProcessor makes segments"
+                )
             segments = self.segments_of(input_ids, inputs_embeds, attention_mask)
+        elif self.training and cache is None:
+            check_segments_cover(segments, tokens.shape[1])
         segments = pad_segments(segments.to(tokens.device), tokens.shape[1])
         if attention_mask is not None and attention_mask.shape == segments.shape:
             segments = segments.masked_fill(attention_mask.to(segments.device) == 0, -1)  # padding is never read
@@ -475,7 +482,7 @@ class RoeLlavaForConditionalGeneration(
         )
         rows_per_prompt = kwargs.pop(ROWS_PER_PROMPT, 1)
         if labels is not None and routing_segments is not None:
-            check_segments_with_labels(routing_segments, labels)
+            check_segments_cover(routing_segments, labels.shape[1])
         elif labels is not None and not pinned:
             routing_segments = self.model.segments_of(input_ids, inputs_embeds, attention_mask, labels)
         outputs = super().forward(

@@ -55,17 +55,18 @@ def pad_segments(segments: Tensor, length: int) -> Tensor:
     return nn.functional.pad(segments, (0, missing), value=-1)
 
 
-def check_segments_with_labels(segments: Tensor, labels: Tensor) -> None:
-    """Raises: ValueError if segments (B, S') do not cover labelled tokens (B, S): rows may have moved since.
+def check_segments_cover(segments: Tensor, length: int) -> None:
+    """Check that segments (B, S') are those of a whole conversation of S tokens, answers included.
 
-    TRL makes segments of left-padded prompts, appends completions and moves rows to the left; a question would then
-    reach into its answer.
+    TRL makes segments of left-padded prompts, then appends completions and moves rows to the left: the question of a
+    short prompt would reach into its answer.
+
+    Raises: ValueError if they are not.
     """
-    if segments.shape[1] < labels.shape[1]:
+    if segments.shape[1] < length:
         raise ValueError(
-            f"routing_segments cover {segments.shape[1]} of {labels.shape[1]} labelled tokens: were they made of the "
-            "prompts alone (TRL with prompt/completion rows)? Give rows of `messages`, or take routing_segments out of "
-            "the batch: they are then made from the labels"
+            f"routing_segments cover {segments.shape[1]} of {length} tokens to learn from: were they made of the "
+            "prompts alone (TRL with prompt/completion rows)? Give rows of `messages` (and assistant_only_loss=True)"
         )
 
 

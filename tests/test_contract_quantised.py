@@ -1,6 +1,6 @@
 """A RoE checkpoint loaded in 4 and 8 bits by bitsandbytes on a CPU: what routes stays exact.
 
-What the shipped model sees with is 96 wide, less than the 128 that 4-bit kernels for CPUs take, so it is left out there.
+What the shipped model sees with is 96 wide, less than the 128 that 4-bit kernels for CPUs take: left out there.
 """
 
 import contract_helpers as contract
