@@ -187,7 +187,7 @@ def trained(trainer) -> dict[str, float]:
 def test_trl_trains_the_checkpoint_which_saves_and_reloads(shipped_roe, processor, untouched, tmp_path):
     trainer = trainer_of(open_model(shipped_roe), processor, tmp_path, assistant_only_loss=True)
     batch = next(iter(trainer.get_train_dataloader()))
-    # Only the answers are learnt, and no routing token reads them. The loss is TRL's: nothing asks layers to be skipped.
+    # Only the answers are learnt, and no routing token reads them.
     assert torch.equal(batch["labels"] != -100, (batch["routing_segments"] == -1) & (batch["attention_mask"] == 1))
     seen = trained(trainer)
     names = {name for name in untouched.state_dict() if is_roe_parameter(name)}
