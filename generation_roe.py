@@ -93,7 +93,7 @@ class RoeGenerationMixin:
         )
         cache = model_kwargs.get("past_key_values")
         rows_per_prompt = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise ValueError(
                 "generate in training mode with gradient checkpointing would run without its cache: call model.eval()"
             )

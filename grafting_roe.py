@@ -318,6 +318,11 @@ def check_same_base(model, info: AdapterInfo, name: str) -> None:
     if is_quantised(model):
         raise ValueError(quantised_message(model.config._name_or_path))
     tensors = loaded_base_tensors(model, recorded)
+    if any(".base_layer." in tensor_name for tensor_name in tensors):
+        raise ValueError(
+            f"PEFT put matrices onto the base, so it cannot be compared with what {name} was trained on: pass "
+            "check_base=False if you know that it is the same base; the matrices stay"
+        )
     if away := [tensor_name for tensor_name, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(
             f"{listed(away)} of the base is offloaded and cannot be compared with what {name} was trained on: pass "

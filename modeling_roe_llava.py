@@ -38,12 +38,13 @@ from .generation_roe import check_keywords
 from .grafting_roe import RoeGraftingMixin
 from .grouping_roe import RoeGroupingMixin
 from .loading_roe import RefusesFlashAttention, register_names
-from .modules_roe import RoeAdapter, RoeLinear, RoeRouter, RoeUpProjection
+from .modules_roe import RoeAdapter, RoeLinear, RoeRouter, RoeUpProjection, check_routers
 from .report_roe import ROWS_PER_PROMPT, RoeReportMixin, RoutingTally
 from .routing_roe import (
     Routing,
     RoutingPhase,
     check_request,
+    check_segments_cover,
     checked_route_bias,
     checked_routes,
     default_segments,
@@ -242,7 +243,7 @@ class RoeLanguageModel(RefusesFlashAttention):
     def place_routing_tokens(self, inputs_embeds, position_ids, attention_mask, routing: Routing, mode: str) -> None:
         """States (B, R, D) that enter layer 0, and rotary embeddings of all tokens, ordinary ones first."""
         batch_size, num_tokens = routing.visible.shape[:2]
-        which = torch.arange(num_tokens, device=self.routing_tokens.weight.device).clamp(max=1)
+        which = torch.arange(num_tokens, device=inputs_embeds.device).clamp(max=1)
         tokens = self.routing_tokens(which).to(inputs_embeds.dtype)
         routing.place(tokens.expand(batch_size, -1, -1).to(inputs_embeds.device))
         position_ids = position_ids.expand(batch_size, -1)
@@ -373,9 +374,17 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
             routing.routes = routes.to(tokens.device, non_blocking=True)
             routing.rows = [LayerRows(keep, tokens.device) for keep in routes.t().tolist()]
             return
+        check_routers(self.language_model.layers)
         segments = request["routing_segments"]
         if segments is None:
+            if self.training and cache is None:  # the head makes them of its labels
+                logger.warning_once(
+                    "training without routing_segments or labels: routers read all text behind the last image, answers "
+                    "included. RoeLlavaProcessor makes segments"
+                )
             segments = self.segments_of(input_ids, inputs_embeds, attention_mask)
+        elif self.training and cache is None:
+            check_segments_cover(segments, tokens.shape[1])
         segments = pad_segments(segments.to(tokens.device), tokens.shape[1])
         if attention_mask is not None and attention_mask.shape == segments.shape:
             segments = segments.masked_fill(attention_mask.to(segments.device) == 0, -1)  # padding is never read
@@ -472,7 +481,9 @@ class RoeLlavaForConditionalGeneration(
             routes is not None or is_baked(self.config),
         )
         rows_per_prompt = kwargs.pop(ROWS_PER_PROMPT, 1)
-        if labels is not None and routing_segments is None and not pinned:
+        if labels is not None and routing_segments is not None:
+            check_segments_cover(routing_segments, labels.shape[1])
+        elif labels is not None and not pinned:
             routing_segments = self.model.segments_of(input_ids, inputs_embeds, attention_mask, labels)
         outputs = super().forward(
             input_ids=input_ids,

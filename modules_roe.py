@@ -45,4 +45,15 @@ class RoeRouter(RoeLinear):
             return nn.functional.linear(pair, self.weight).float()
 
 
-__all__ = ["RoeAdapter", "RoeLinear", "RoeRouter", "RoeUpProjection"]
+def check_routers(layers: nn.ModuleList) -> None:
+    """Raises: ValueError if PEFT put matrices beside a router, which reads a pair of tokens and not one."""
+    for index, layer in enumerate(layers):
+        if hasattr(layer.router, "base_layer"):
+            raise ValueError(
+                f"the router of layer {index} is a PEFT {type(layer.router).__name__}: routers have no use for it "
+                '(target_modules="all-linear"?). Pass exclude_modules=["router"], or train routers whole, with '
+                'modules_to_save=["router", "adapter", "routing_tokens"]'
+            )
+
+
+__all__ = ["RoeAdapter", "RoeLinear", "RoeRouter", "RoeUpProjection", "check_routers"]
