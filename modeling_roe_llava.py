@@ -244,8 +244,7 @@ class RoeLanguageModel(RefusesFlashAttention):
         """States (B, R, D) that enter layer 0, and rotary embeddings of all tokens, ordinary ones first."""
         batch_size, num_tokens = routing.visible.shape[:2]
         which = torch.arange(num_tokens, device=inputs_embeds.device).clamp(max=1)
-        tokens = self.routing_tokens(which).to(inputs_embeds.dtype)
-        routing.place(tokens.expand(batch_size, -1, -1).to(inputs_embeds.device))
+        routing.place(self.routing_tokens(which).expand(batch_size, -1, -1).to(inputs_embeds))
         position_ids = position_ids.expand(batch_size, -1)
         routed = routing_position_ids(position_ids, attention_mask, num_tokens, mode)
         # Rotary embeddings of all positions together: scaled variants look at the largest one.
@@ -378,10 +377,7 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
         segments = request["routing_segments"]
         if segments is None:
             if self.training and cache is None:  # the head makes them of its labels
-                logger.warning_once(
-                    "training without routing_segments or labels: routers read all text behind the last image, answers "
-                    "included. RoeLlavaProcessor makes segments"
-                )
+                logger.warning_once("training without routing_segments or labels: routers read answers, too")
             segments = self.segments_of(input_ids, inputs_embeds, attention_mask)
         elif self.training and cache is None:
             check_segments_cover(segments, tokens.shape[1])
@@ -465,8 +461,7 @@ class RoeLlavaForConditionalGeneration(
         """Stock LLaVA's forward pass along a route per row.
 
         In eval mode routing is hard and the loss is the cross entropy alone. In training mode, unless a cache or
-        `routes` is given, both paths of every layer run, mixed as `model.model.routing_phase` says, and the loss is
-        `roe_loss`.
+        `routes` is given, both paths are mixed as `model.model.routing_phase` says, and the loss is `roe_loss`.
 
         Args:
             routing_segments: (B, S) int: 0 context, t >= 1 question of turn t, -1 neither. `RoeLlavaProcessor` makes
