@@ -10,6 +10,8 @@ DEMO_ARGS ?=
 BENCH_ARGS ?= --shape tiny --out out/bench/tiny.json --overwrite
 TEST_ARGS ?=
 TEST_WORKERS ?= 2
+# Two workers with two threads each would wait for each other.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 BIN := .venv/bin
 # Models come from folders; nothing here should ask the network for one.
@@ -24,7 +26,7 @@ bench: .venv/installed  ## times beside the base's; other models and a place for
 	$(OFFLINE) $(BIN)/roe-llava bench $(BENCH_ARGS)
 
 test: .venv/installed  ## everything that takes seconds
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 test-slow: .venv/installed  ## what trains or takes longer than a minute
 	@# pytest answers 5 when it finds no test; that alone is not a failure here.
