@@ -5,9 +5,13 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 # make test TORCH_ARGS="--index-url URL"
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
+LMMS_EVAL ?= lmms-eval==0.7.3
 DEMO_ARGS ?=
 BENCH_ARGS ?= --shape tiny --out out/bench/tiny.json --overwrite
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
+# Two workers with two threads each would wait for each other.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 BIN := .venv/bin
 # Models come from folders; nothing here should ask the network for one.
@@ -22,7 +26,7 @@ bench: .venv/installed  ## times beside the base's; other models and a place for
 	$(OFFLINE) $(BIN)/roe-llava bench $(BENCH_ARGS)
 
 test: .venv/installed  ## everything that takes seconds
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 test-slow: .venv/installed  ## what trains or takes longer than a minute
 	@# pytest answers 5 when it finds no test; that alone is not a failure here.
@@ -51,4 +55,6 @@ clean:  ## outputs and caches; .venv stays, as it takes minutes to build
 # Installed again when the requirements change. Editable: code is read from the clone.
 .venv/installed: setup.cfg pyproject.toml | .venv/torch
 	$(BIN)/python -m pip install -e ".[test]"
+	@# Without its requirements, which would replace torch; those that our tasks need are in the extras eval and test.
+	$(BIN)/python -m pip install --no-deps "$(LMMS_EVAL)"
 	touch $@

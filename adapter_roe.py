@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .baked_roe import refuse_baked
 from .configuration_roe import ROUTING_FIELDS, RoeLlavaConfig
 
 FORMAT_VERSION = 1
@@ -233,7 +234,11 @@ class AdapterInfo:
 
     @classmethod
     def of_config(cls, config, training: dict | None = None, base: dict | None = None) -> "AdapterInfo":
-        """From a `RoeLlavaConfig`."""
+        """From a `RoeLlavaConfig`.
+
+        Raises: ValueError if it is that of a baked model.
+        """
+        refuse_baked(config.skipped_layers, "there is no adapter file to be had of it", config._name_or_path)
         text = config.text_config
         sizes = (text.model_type, text.num_hidden_layers, text.hidden_size)
         return cls(

@@ -7,11 +7,13 @@ the adapter's output instead. A layer that no row keeps is not run and nothing i
 B batch, L decoder layers.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -29,11 +31,13 @@ class LayerRows:
         keep: one bool per row, on the host.
         kept: (n,) row numbers that run the layer, `None` if all do (nothing to gather) or none does.
         skipped: (B - n,) row numbers that take the adapter, likewise.
+        num_skipped: B - n, whatever there is to gather.
     """
 
     def __init__(self, keep: Sequence[bool], device: torch.device | str = "cpu"):
         self.keep = tuple(bool(k) for k in keep)
-        self.all_kept, self.none_kept = all(self.keep), not any(self.keep)
+        self.num_skipped = self.keep.count(False)
+        self.all_kept, self.none_kept = self.num_skipped == 0, self.num_skipped == len(self.keep)
         self.kept = self.skipped = None
         if not self.all_kept and not self.none_kept:
             self.kept = to_device([row for row, k in enumerate(self.keep) if k], device)
@@ -51,6 +55,8 @@ class RouteKeeper:
         routes: (B, L) bool, True where the example runs the layer; `None` until the first forward pass decided it.
         rows: one `LayerRows` per layer, the same decision as host-side lists; `None` until decided.
         tokens_seen: ordinary tokens that went through the model with this cache; routing tokens are never cached.
+        tokens_counted: the most of them that `count_saved` has seen; drafts that were cropped are not counted again.
+        rows_per_prompt: beams or returned sequences, as `generate` says.
         request: what `generate` was asked about routing, read and cleared by the first forward pass.
     """
 
@@ -65,7 +71,8 @@ class RouteKeeper:
         """Be as before the first forward pass."""
         self.routes: Tensor | None = None
         self.rows: list[LayerRows] | None = None
-        self.tokens_seen = 0
+        self.tokens_seen = self.tokens_counted = 0
+        self.rows_per_prompt = 1
         self.request: dict = {}
 
     def set_routes(self, routes: Tensor, rows: list[LayerRows] | None = None) -> None:
@@ -120,6 +127,21 @@ class RouteKeeper:
                 f"{' and '.join(given)} given with a cache that already has routes: a cache keeps the routes of its "
                 "prefill. Start from an empty cache to route anew"
             )
+
+    def count_saved(self) -> int:
+        """(row, layer, token) triples, since this was last asked, whose keys and values it does not hold.
+
+        Against a cache of the same kind that every row fills in every layer: no more than a layer's sliding window.
+        """
+        before, self.tokens_counted = self.tokens_counted, max(self.tokens_counted, self.tokens_seen)
+        if before == self.tokens_counted or self.rows is None:
+            return 0
+        saved, missing = 0, len(self.rows) - len(self.layers)  # the layers of a lazy cache end early
+        for layer, rows in zip([*self.layers, *[None] * missing], self.rows, strict=True):
+            if rows.none_kept or (rows.num_skipped and not self.holds_all_rows):
+                most = most_held(layer)
+                saved += rows.num_skipped * (min(self.tokens_counted, most) - min(before, most))
+        return saved
 
     def check_room(self, num_tokens: int) -> None:
         """Raises: ValueError if a layer of fixed length has no room for so many tokens more."""
@@ -235,7 +257,7 @@ class RoeCache(RouteKeeper, DynamicCache):
         """
         joined = cls(config)
         check_joinable(caches, len(joined.layers))
-        joined.tokens_seen = max(cache.tokens_seen for cache in caches)
+        joined.tokens_seen = joined.tokens_counted = max(cache.tokens_seen for cache in caches)
         for index, layer in enumerate(joined.layers):
             parts = [cache.layers[index] for cache in caches if cache.layers[index].is_initialized]
             if parts:  # else no row runs it
@@ -257,6 +279,14 @@ class RoeCache(RouteKeeper, DynamicCache):
             index = [place[row] for row in source if row in place]
             layer.batch_select_indices(to_device(index, layer.keys.device))
         self._take_routes(source)
+
+
+def most_held(layer) -> float:
+    """How many tokens a cache's layer (or `None`, for one not made yet) holds at most: those of its window."""
+    if layer is None or not layer.is_sliding:
+        return math.inf
+    # A growing layer leaves out the token that is about to come.
+    return layer.sliding_window - 1 if isinstance(layer, DynamicLayer) else layer.max_cache_len
 
 
 def check_joinable(caches: Sequence[RoeCache], num_layers: int) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .baked_roe import refuse_baked
+
 logger = logging.get_logger(__name__)
 
 HOW_TO = "make one with roe-llava calibrate CHECKPOINT DATA (training.calibration.calibrate in Python)"
@@ -189,6 +191,7 @@ def calibrated_bias(model, skip_ratio: float) -> list[float]:
 
     Raises: ValueError if the model has no table, a damaged one, one made with other routers, or none for this ratio.
     """
+    refuse_baked(model.config.skipped_layers, "no bias changes its skip ratio", model.config._name_or_path)
     content, num_layers = getattr(model.config, "skip_calibration", None), model.config.text_config.num_hidden_layers
     if content is None:
         raise ValueError(

@@ -9,14 +9,19 @@ import importlib
 import sys
 
 COMMANDS = {
+    "bake": ("convert.bake", "freeze one route into a smaller checkpoint, a stock LLaVA where that loses nothing"),
     "bench": ("benchmarks.bench", "time prefill and decoding beside the base and beside what is possible"),
     "calibrate": ("convert.calibrate", "measure the table for generate(skip_ratio=...) and store it with the routers"),
+    "card": ("hub_card.card", "write the page of a model for the Hub, filled from its files and results"),
     "demo": ("examples.tiny_world.demo", "answer held-out questions with the shipped model, base beside RoE"),
+    "evaluate": ("evaluation.evaluate", "score benchmarks through lmms-eval, routed beside dense"),
     "extract": ("convert.extract", "take the adapter file back out of a RoE checkpoint"),
     "import-llava": ("convert.import_llava", "turn an original LLaVA-1.5 checkpoint into the layout of llava-hf"),
     "import-reference": ("convert.import_reference", "turn a checkpoint of the published RoE code into ours"),
     "export-reference": ("convert.export_reference", "turn a RoE checkpoint into the layout of the published code"),
     "graft": ("convert.graft", "put trained routing parts onto a LLaVA checkpoint"),
+    "push": ("hub_card.push", "check a model or an adapter file and put it on the Hub, card and code included"),
+    "serve": ("serving.serve", "answer over HTTP as OpenAI's API does, with transformers serve"),
     "train": ("training.train", "train routing parts on your own data, by a recipe"),
     "verify": ("convert.verify", "check on real weights that routing changes nothing it should not, and what it saves"),
 }

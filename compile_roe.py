@@ -51,7 +51,7 @@ class RoeCompileMixin:
             defaults["recompile_limit"] = MOST_GRAPHS
         for layer in self.model.language_model.layers:
             for part in (getattr(layer, name) for name in PARTS):
-                if part is not None:  # a layer that always runs has no adapter
+                if part is not None:  # a layer that always runs has no adapter, one that is baked out nothing else
                     part.compile(**defaults | compile_arguments)
 
 

@@ -5,8 +5,12 @@ boundaries and other training settings are arguments of the training, not of the
 """
 
 from transformers import LlavaConfig
+from transformers.utils.versions import require_version
 
 from .calibration_roe import SkipCalibration
+
+# Before the other files are imported, which use names that older versions lack.
+require_version("transformers>=5.23.0", "RoE-LLaVA needs it: pip install -U transformers")
 
 ROUTING_POSITIONS = ("preceding", "first", "spread")
 ROUTING_QUESTIONS = ("last_turn", "all_text")
@@ -18,6 +22,7 @@ ROUTING_FIELDS = (
     "target_skip_ratio",
     "skip_calibration",
 )
+BAKED_FIELDS = ("skipped_layers",)  # of a checkpoint whose route is frozen, so that nothing is left to route
 
 
 class RoeLlavaConfig(LlavaConfig):
@@ -44,6 +49,11 @@ class RoeLlavaConfig(LlavaConfig):
         skip_calibration (`dict`, *optional*):
             Table from skip ratio to route bias, as `SkipCalibration` describes it; `roe-llava calibrate` measures it.
             It holds for the routers it was measured with. Read by `generate(skip_ratio=...)`.
+        skipped_layers (`list[int]`, *optional*):
+            Of a baked checkpoint (`roe-llava bake`): the layers that are skipped for every input, at least one and not
+            all. They hold their norm and adapter alone, the others always run, and there are no routers and no routing
+            tokens; `routed_layers` is then empty and `skip_calibration` `None`. `None`: routers decide. Read when
+            layers are built, and at every prefill and training pass.
     """
 
     model_type = "roe_llava"
@@ -54,6 +64,7 @@ class RoeLlavaConfig(LlavaConfig):
     routing_question: str = "last_turn"
     target_skip_ratio: float = 0.3
     skip_calibration: dict | None = None
+    skipped_layers: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -69,7 +80,9 @@ class RoeLlavaConfig(LlavaConfig):
                 "more than half of the layers"
             )
         if self.routed_layers is not None:
-            self.routed_layers = self._checked_layers(self.routed_layers)
+            self.routed_layers = self._checked_layers("routed_layers", self.routed_layers)
+        if self.skipped_layers is not None:
+            self._check_baked()
         if self.skip_calibration is not None:
             SkipCalibration.of_dict(self.skip_calibration, self.text_config.num_hidden_layers)
 
@@ -82,15 +95,38 @@ class RoeLlavaConfig(LlavaConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         # Transformers 5.23 sets options given to `from_pretrained` after `__post_init__` has checked the stored ones.
-        given = {name: kwargs.pop(name) for name in ROUTING_FIELDS if name in kwargs}
+        given = {name: kwargs.pop(name) for name in (*ROUTING_FIELDS, *BAKED_FIELDS) if name in kwargs}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
-    def _checked_layers(self, layers):
+    def _check_baked(self) -> None:
+        """Bring what goes with a frozen route in order.
+
+        Raises: ValueError if the route skips nothing or everything, or something is left to route.
+        """
+        self.skipped_layers = self._checked_layers("skipped_layers", self.skipped_layers)
         num_layers = self.text_config.num_hidden_layers
-        wrong = [layer for layer in layers if not isinstance(layer, int) or not 0 <= layer < num_layers]
-        if wrong or len(set(layers)) != len(layers):
+        if not 0 < len(self.skipped_layers) < num_layers:
             raise ValueError(
-                f"routed_layers must be distinct layer numbers in [0, {num_layers}), got {list(layers)}; "
+                f"skipped_layers must name at least one of the {num_layers} layers and not all of them, got "
+                f"{self.skipped_layers}; leave it out (None) where routers decide"
+            )
+        if self.routed_layers:
+            raise ValueError(
+                f"skipped_layers {self.skipped_layers} beside routed_layers {self.routed_layers}: a baked model has no "
+                "routers. Leave routed_layers out, or pin the route of a routed model with routes="
+            )
+        if self.skip_calibration is not None:
+            raise ValueError("skip_calibration beside skipped_layers: a baked model has no routers it could hold for")
+        self.routed_layers = []
+
+    def _checked_layers(self, name, layers):
+        num_layers = self.text_config.num_hidden_layers
+        is_list = isinstance(layers, list | tuple)
+        wrong = [one for one in layers if type(one) is not int or not 0 <= one < num_layers] if is_list else [layers]
+        if wrong or len(set(layers)) != len(layers):
+            shown = list(layers) if is_list else layers
+            raise ValueError(
+                f"{name} must be distinct layer numbers in [0, {num_layers}), got {shown}; "
                 f"the language model has {num_layers} layers"
             )
         return sorted(layers)

@@ -11,8 +11,10 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
+from .baked_roe import check_baked_ratio, is_baked
 from .cache_roe import RoeCache, adopt_cache
 from .calibration_roe import calibrated_bias
+from .report_roe import ROWS_PER_PROMPT
 from .routing_roe import as_numbers, checked_route_bias, checked_routes
 
 logger = logging.get_logger(__name__)
@@ -73,7 +75,7 @@ class RoeGenerationMixin:
             model_kwargs.pop("routing_segments", None)  # a processor always sends them; this cache has its routes
         elif (routes := model_kwargs.get("routes")) is not None:
             model_kwargs["routes"] = checked_routes(routes, num_rows, num_layers)
-        elif model_kwargs.get("routing_segments") is None:
+        elif model_kwargs.get("routing_segments") is None and not is_baked(self.config):
             inputs_embeds, attention_mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
             model_kwargs["routing_segments"] = self.model.segments_of(input_ids, inputs_embeds, attention_mask)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
@@ -90,7 +92,8 @@ class RoeGenerationMixin:
             generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
         )
         cache = model_kwargs.get("past_key_values")
-        if self.training and self.is_gradient_checkpointing:
+        rows_per_prompt = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise ValueError(
                 "generate in training mode with gradient checkpointing would run without its cache: call model.eval()"
             )
@@ -99,12 +102,14 @@ class RoeGenerationMixin:
                 raise ValueError(
                     "generate(use_cache=False) in training mode would mix both paths of every layer: call model.eval()"
                 )
+            model_kwargs[ROWS_PER_PROMPT] = rows_per_prompt
             return
         if type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False):
             cache = model_kwargs["past_key_values"] = RoeCache(self.config, offloading=cache.offloading)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         adopt_cache(cache)
+        cache.rows_per_prompt = rows_per_prompt
         # On the cache and not among the model's arguments: the first forward pass reads them there, later ones and an
         # assistant model never see them.
         cache.leave_request({name: model_kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in model_kwargs})
@@ -120,21 +125,25 @@ class RoeGenerationMixin:
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is None:  # use_cache=False: every step runs the whole text again
-            model_kwargs["routes"] = outputs.routes
+            model_kwargs |= {"routes": outputs.routes, ROWS_PER_PROMPT: 0}
             model_kwargs.pop("routing_segments", None)
             model_kwargs.pop("route_bias", None)
         return model_kwargs
 
 
-def bias_for_skip_ratio(model, skip_ratio: float, routes, route_bias) -> float | list[float]:
+def bias_for_skip_ratio(model, skip_ratio: float, routes, route_bias) -> float | list[float] | None:
     """Route bias that gives a wanted skip ratio: +inf for 0.0, else one number per layer from the model's table.
 
-    Raises: ValueError if another routing argument is given too, or the model is not calibrated for this ratio.
+    Returns: `None` for a baked model that skips so much anyway.
+    Raises: ValueError if another routing argument is given too, the model is not calibrated for this ratio, or its
+        baked route skips another one.
     """
     if routes is not None or route_bias is not None:
         raise ValueError("skip_ratio sets the route bias itself: give it without routes and route_bias")
     if isinstance(skip_ratio, bool) or not isinstance(skip_ratio, (int, float)):
         raise ValueError(f"skip_ratio must be a number in [0, 1], got {skip_ratio!r}")
+    if is_baked(model.config):
+        return check_baked_ratio(skip_ratio, model.config)
     return math.inf if skip_ratio == 0.0 else calibrated_bias(model, float(skip_ratio))
 
 

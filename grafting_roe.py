@@ -1,4 +1,4 @@
-"""Routing parts put onto a loaded base, and swapped: `from_base` and `load_routing`.
+"""Routing parts put onto a base, loaded or named, and swapped: `from_base`, `from_adapter` and `load_routing`.
 
 Nothing on the disk is written and no weight of the base is copied. Everything is read, checked and put on its device
 before the first part takes its place, so an error leaves a model as it was.
@@ -6,6 +6,7 @@ before the first part takes its place, so an error leaves a model as it was.
 
 import copy
 import logging
+import re
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -36,7 +37,8 @@ from .adapter_roe import (
     split_routing_parts,
     tensor_kind,
 )
-from .configuration_roe import ROUTING_FIELDS
+from .baked_roe import refuse_baked
+from .configuration_roe import BAKED_FIELDS, ROUTING_FIELDS
 from .loading_roe import RoeLoadingMixin, source_config
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -44,7 +46,41 @@ WRITE_A_FOLDER = "write the model into a folder (roe-llava graft BASE ADAPTER OU
 
 
 class RoeGraftingMixin(RoeLoadingMixin):
-    """`from_base` and `load_routing`, on top of loading and saving."""
+    """`from_base`, `from_adapter` and `load_routing`, on top of loading and saving."""
+
+    @classmethod
+    def from_pretrained(cls, source, *args, config=None, **kwargs):
+        """As in `RoeLoadingMixin`; a repository of an adapter alone, as `roe-llava push` makes it, brings its base."""
+        if not is_adapter_alone(source, config, kwargs):
+            return super().from_pretrained(source, *args, config=config, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("trust_remote_code", "adapter_kwargs")}
+        return cls._of_adapter(source, config, **kwargs)
+
+    @classmethod
+    def from_adapter(cls, adapter, *, check_base: bool = True, revision: str | None = None, **kwargs):
+        """A model of an adapter file and the base that it names, which is had from the Hub at the commit named.
+
+        Args: as in `from_base`; `kwargs` are options of `from_pretrained` for the base.
+        Raises: ValueError if the adapter names no base on the Hub, and as `from_base`.
+        """
+        return cls._of_adapter(adapter, None, check_base=check_base, revision=revision, **kwargs)
+
+    @classmethod
+    def _of_adapter(cls, adapter, config, *, check_base: bool = True, revision: str | None = None, **kwargs):
+        """As `from_adapter`; a config was read from beside the adapter, and maybe changed by the caller."""
+        taken = fetch_adapter(adapter, revision, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs})
+        base, base_revision = base_on_hub(taken.info, adapter)
+        if config is not None:
+            config = copy.deepcopy(config)
+            config.__dict__.pop("roe_adapter_only", None)  # it becomes a whole model
+            if (sizes := RoutingSizes.of_config(config)) != taken.info.sizes:
+                raise ValueError(f"config of {sizes} given for the adapter {adapter}, which is of {taken.info.sizes}")
+        model = cls._load_base(base, base_revision, check_base, kwargs, taken.info, config)
+        model._take_adapter(taken, str(adapter), check_base)
+        for field in ROUTING_FIELDS if config is not None else ():
+            if getattr(config, field) is not None:  # a table that was measured since stands in the adapter alone
+                setattr(model.config, field, getattr(config, field))
+        return model
 
     @classmethod
     def from_base(
@@ -69,7 +105,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
         """
         taken = fetch_adapter(adapter, revision, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs})
         if isinstance(base, str | PathLike):
-            model = cls._load_base(base, taken.info, base_revision, check_base, kwargs)
+            model = cls._load_base(base, base_revision, check_base, kwargs, taken.info)
         elif kwargs or base_revision is not None:
             given = sorted(kwargs | ({} if base_revision is None else {"base_revision": base_revision}))
             raise ValueError(
@@ -80,6 +116,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
             check_loaded_base(base)
             model = cls._around(base, taken.info)
         model._take_adapter(taken, str(adapter), check_base)
+        model.tell_what_is_routed()
         return model
 
     def load_routing(self, adapter, *, check_base: bool = True, revision: str | None = None):
@@ -96,9 +133,10 @@ class RoeGraftingMixin(RoeLoadingMixin):
         return self
 
     @classmethod
-    def _load_base(cls, base, info: AdapterInfo, revision: str | None, check_base: bool, kwargs: dict):
-        """A base from disk, its routing parts still random but of the adapter's sizes."""
-        if own := sorted(kwargs.keys() & {*ROUTING_FIELDS, "config", "output_loading_info", "allow_untrained"}):
+    def _load_base(cls, base, revision: str | None, check_base: bool, kwargs: dict, info: AdapterInfo, routed=None):
+        """A base from disk, its routing parts random but of the adapter's sizes; `routed` is its config if known."""
+        not_ours = {*ROUTING_FIELDS, *BAKED_FIELDS, "config", "output_loading_info", "allow_untrained"}
+        if own := sorted(kwargs.keys() & not_ours):
             raise ValueError(f"{listed(own)} given to from_base: sizes and routing fields are the adapter's")
         options = kwargs | ({} if revision is None else {"revision": revision})
         config = source_config(base, options)
@@ -112,7 +150,9 @@ class RoeGraftingMixin(RoeLoadingMixin):
         if check_base and (kwargs.get("quantization_config") or config.get("quantization_config")):
             raise ValueError(quantised_message(base))
         with no_warning_of_missing_parts():
-            model, report = cls._load(base, **options, **info.routing_fields)
+            model, report = cls._load(
+                base, **options, **(info.routing_fields if routed is None else {"config": routed})
+            )
         if sorted(report["missing_keys"]) != sorted(routing_shapes(info.sizes)):
             raise ValueError(f"{base} holds routing tensors already, expected the weights of a base alone")
         return model
@@ -131,6 +171,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
     def _take_adapter(self, adapter: Adapter, name: str, check_base: bool) -> None:
         """Check an adapter against this model and put its parts in place of the present ones."""
         info = adapter.info
+        refuse_baked(self.config.skipped_layers, "there are none to replace", self.config._name_or_path)
         check_fits(info.sizes, RoutingSizes.of_config(self.config), name, self.config._name_or_path or "model")
         check_own_parts(self)
         if check_base:
@@ -145,6 +186,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
             setattr(old.get_submodule(owner), part, module)
         for field in ROUTING_FIELDS:
             setattr(self.config, field, getattr(fresh.config, field))
+        self.routing_tally.forget_decisions()
         self.config.roe_provenance = provenance(self.config, info, check_base)
 
 
@@ -175,6 +217,31 @@ def fetch_adapter(source, revision: str | None, hub_options: dict | None = None)
             "from_pretrained, and roe-llava extract takes its adapter out"
         )
     return read_adapter(folder)
+
+
+def is_adapter_alone(source, config, kwargs: dict) -> bool:
+    """Whether a source is a repository of an adapter alone, made to open as a model; its config.json says so."""
+    if config is not None and not isinstance(config, str | PathLike):
+        return bool(getattr(config, "roe_adapter_only", False))
+    if config is not None or source is None or not isinstance(source, str | PathLike):
+        return False
+    return bool(source_config(source, kwargs).get("roe_adapter_only"))
+
+
+def base_on_hub(info: AdapterInfo, name) -> tuple[str, str]:
+    """Hub id and commit of the base that an adapter names.
+
+    Raises: ValueError if it names none, or one that only the machine it was trained on has.
+    """
+    base = info.base or {}
+    base_id, revision = base.get("id") or "", base.get("revision") or ""
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base_id) and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return base_id, revision
+    named = f"the base {record_name(base)!r}" if base_id else "no base"
+    raise ValueError(
+        f"{name} names {named}, expected the id of a repository on the Hub and a commit: was it trained on a folder? "
+        "Give the base, from_base(BASE, ADAPTER); roe-llava push --base ID names one on the Hub when it is the same"
+    )
 
 
 def check_loaded_base(base) -> None:
@@ -251,6 +318,11 @@ def check_same_base(model, info: AdapterInfo, name: str) -> None:
     if is_quantised(model):
         raise ValueError(quantised_message(model.config._name_or_path))
     tensors = loaded_base_tensors(model, recorded)
+    if any(".base_layer." in tensor_name for tensor_name in tensors):
+        raise ValueError(
+            f"PEFT put matrices onto the base, so it cannot be compared with what {name} was trained on: pass "
+            "check_base=False if you know that it is the same base; the matrices stay"
+        )
     if away := [tensor_name for tensor_name, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(
             f"{listed(away)} of the base is offloaded and cannot be compared with what {name} was trained on: pass "

@@ -5,7 +5,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
+from .hub_roe import RoeHubMixin
+
 logger = logging.get_logger(__name__)
+# Below Transformers' own logger, so that its verbosity decides, whatever module this file is loaded as.
+notices = logging.get_logger("transformers.roe_llava")
 
 # What opens a saved folder. `AutoModel` gives the generative class, as is usual for remote code.
 AUTO_MAP = {
@@ -19,7 +23,7 @@ AUTO_MAP = {
 ROE_PARTS = (".router.", ".adapter.", ".routing_tokens.")
 
 
-class RoeLoadingMixin:
+class RoeLoadingMixin(RoeHubMixin):
     """`from_pretrained` that refuses incomplete checkpoints, `save_pretrained` that names the code."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -46,7 +50,13 @@ class RoeLoadingMixin:
                 f"{source} and start untrained: train them, graft trained ones onto the checkpoint (from_base), or pin "
                 "routes=."
             )
+        model.tell_what_is_routed()
         return (model, info) if output_loading_info else model
+
+    def tell_what_is_routed(self) -> None:
+        """Say, at log level info, how many layers are routed and what that adds to the base."""
+        if notices.isEnabledFor(logging.INFO):
+            notices.info(routing_notice(self))
 
     @classmethod
     def _load(cls, source, *args, allow_untrained=False, **kwargs):
@@ -102,6 +112,23 @@ def source_config(source, kwargs: dict) -> dict:
 def is_roe_parameter(name: str) -> bool:
     """Whether a parameter (in memory or on disk) is one of those RoE adds to the base."""
     return any(part in name for part in ROE_PARTS)
+
+
+def routing_notice(model) -> str:
+    """One line: layers that are routed, or skipped for good, and the parameters that RoE adds."""
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    added = sum(size for name, size in sizes.items() if is_roe_parameter(name))
+    # Transformers' count knows quantised weights; sharded ones (DeepSpeed ZeRO-3) are empty to it.
+    total = max(model.num_parameters(), sum(sizes.values()))
+    config, num_layers = model.config, model.config.text_config.num_hidden_layers
+    if config.skipped_layers is not None:
+        done = f"route baked, {len(config.skipped_layers)} of {num_layers} layers skipped for every input"
+    else:
+        done = (
+            f"{num_layers if config.routed_layers is None else len(config.routed_layers)} of {num_layers} layers routed"
+        )
+    share = f" ({added / total:.1%} of {total:,})" if total else ""
+    return f"RoE-LLaVA {config._name_or_path}: {done}, {added:,} parameters added{share}"
 
 
 def missing_weights_message(source, missing: list[str], num_new: int) -> str:

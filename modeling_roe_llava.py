@@ -5,7 +5,7 @@ with the images, one the question) ride at the end of the sequence during prefil
 keeps the layer or replaces it by `x + adapter(norm(x))`. The route is decided once, lives in the cache, and decoding
 follows it. Ordinary tokens never see a routing token, so with every layer kept the model is stock LLaVA.
 
-Top to bottom: outputs, adapter and router, the decoder layer, the language models, the multimodal model, the head.
+Top to bottom: outputs, the decoder layer, the language models, the multimodal model, the head.
 
 B batch, L decoder layers, R routing tokens (1 image + turns), T turns, S sequence, D hidden, A adapter width.
 """
@@ -30,6 +30,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .attention_roe import RoutedAttentionConfig, RoutingAttention, attentions_of_all_rows, take_rows
+from .baked_roe import as_pinned, is_baked
 from .cache_roe import LayerRows, RoeCache, adopt_cache
 from .compile_roe import RoeCompileMixin, cache_of_layer, is_compiled
 from .configuration_roe import RoeLlavaConfig
@@ -37,10 +38,13 @@ from .generation_roe import check_keywords
 from .grafting_roe import RoeGraftingMixin
 from .grouping_roe import RoeGroupingMixin
 from .loading_roe import RefusesFlashAttention, register_names
+from .modules_roe import RoeAdapter, RoeLinear, RoeRouter, RoeUpProjection, check_routers
+from .report_roe import ROWS_PER_PROMPT, RoeReportMixin, RoutingTally
 from .routing_roe import (
     Routing,
     RoutingPhase,
     check_request,
+    check_segments_cover,
     checked_route_bias,
     checked_routes,
     default_segments,
@@ -73,56 +77,23 @@ class RoeLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     turn_mask: Tensor | None = None
 
 
-# A class of its own: quantisers replace exactly nn.Linear, and these small matrices decide too much to be rounded.
-class RoeLinear(nn.Linear):
-    """`nn.Linear` that quantisation leaves alone; computes in its own dtype and answers in its input's."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return super().forward(hidden_states.to(self.weight.dtype)).to(hidden_states.dtype)
-
-
-class RoeUpProjection(RoeLinear):
-    """Second half of an adapter; told apart because its first values are small."""
-
-
-class RoeAdapter(nn.Module):
-    """W_up ReLU(W_down u), the stand-in for a skipped layer (RoE, adapter-based skip connection)."""
-
-    def __init__(self, hidden_size: int, adapter_size: int):
-        super().__init__()
-        self.down_proj = RoeLinear(hidden_size, adapter_size, bias=False)
-        self.up_proj = RoeUpProjection(adapter_size, hidden_size, bias=False)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.up_proj(self.down_proj(hidden_states).relu())
-
-
-class RoeRouter(RoeLinear):
-    """W [u_image ; u_text]: logits to keep (row 0) and to skip (row 1) a layer."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__(2 * hidden_size, 2, bias=False)
-
-    def forward(self, routing_states: Tensor) -> Tensor:
-        """(B, T, 2) logits from normalised routing tokens (B, 1 + T, D), one decision per turn."""
-        image, text = routing_states[:, :1], routing_states[:, 1:]
-        pair = torch.cat([image.expand_as(text), text], dim=-1).to(self.weight.dtype)
-        with torch.autocast(pair.device.type, enabled=False):  # not rounded to what the rest is computed in
-            return nn.functional.linear(pair, self.weight).float()
-
-
 class RoeDecoderLayer(GradientCheckpointingLayer):
     """Put in front of a stock decoder layer's class: adds a router and an adapter, and runs the layer where it is kept.
 
-    Equals the stock layer while every row keeps it. `forward` takes one keyword more, `routing`.
+    Equals the stock layer while every row keeps it. `forward` takes one keyword more, `routing`. A layer that a baked
+    model skips (`is_skipped`) has nothing but the norm and the adapter.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, adapter_size: int, is_routed: bool):
+    def __init__(
+        self, config: PreTrainedConfig, layer_idx: int, adapter_size: int, is_routed: bool, is_skipped: bool = False
+    ):
         super().__init__(config, layer_idx)
         self.layer_idx = layer_idx
         self.self_attn.config = RoutedAttentionConfig(config)
         self.router = RoeRouter(config.hidden_size) if is_routed else None
-        self.adapter = RoeAdapter(config.hidden_size, adapter_size) if is_routed else None
+        self.adapter = RoeAdapter(config.hidden_size, adapter_size) if is_routed or is_skipped else None
+        if is_skipped:
+            self.self_attn = self.post_attention_layernorm = self.mlp = None
 
     def forward(self, hidden_states: Tensor, *, routing: Routing | None = None, **kwargs) -> Tensor:
         """(B, S, D) to (B, S, D), moving `routing.states[layer_idx]` (B, R, D) along."""
@@ -225,12 +196,20 @@ class RoeLanguageModel(RefusesFlashAttention):
 
     decoder_layer_class: type[RoeDecoderLayer]
 
-    def __init__(self, config: PreTrainedConfig, adapter_size: int, routed_layers: list[int] | None = None):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        adapter_size: int,
+        routed_layers: list[int] | None = None,
+        skipped_layers: list[int] | None = None,
+    ):
         super().__init__(config)
+        skipped = skipped_layers or []
         for layer in range(config.num_hidden_layers):
             is_routed = routed_layers is None or layer in routed_layers
-            self.layers[layer] = self.decoder_layer_class(config, layer, adapter_size, is_routed)
-        self.routing_tokens = nn.Embedding(2, config.hidden_size)  # a module, so that device maps and PEFT see it
+            self.layers[layer] = self.decoder_layer_class(config, layer, adapter_size, is_routed, layer in skipped)
+        # A module, so that device maps and PEFT see it; no router of a baked model reads them.
+        self.routing_tokens = nn.Embedding(2, config.hidden_size) if skipped_layers is None else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -264,9 +243,8 @@ class RoeLanguageModel(RefusesFlashAttention):
     def place_routing_tokens(self, inputs_embeds, position_ids, attention_mask, routing: Routing, mode: str) -> None:
         """States (B, R, D) that enter layer 0, and rotary embeddings of all tokens, ordinary ones first."""
         batch_size, num_tokens = routing.visible.shape[:2]
-        which = torch.arange(num_tokens, device=self.routing_tokens.weight.device).clamp(max=1)
-        tokens = self.routing_tokens(which).to(inputs_embeds.dtype)
-        routing.place(tokens.expand(batch_size, -1, -1).to(inputs_embeds.device))
+        which = torch.arange(num_tokens, device=inputs_embeds.device).clamp(max=1)
+        routing.place(self.routing_tokens(which).expand(batch_size, -1, -1).to(inputs_embeds))
         position_ids = position_ids.expand(batch_size, -1)
         routed = routing_position_ids(position_ids, attention_mask, num_tokens, mode)
         # Rotary embeddings of all positions together: scaled variants look at the largest one.
@@ -308,7 +286,9 @@ def build_language_model(config: PreTrainedConfig) -> RoeLanguageModel:
         raise ValueError(
             f"text_config.model_type {model_type!r} is not supported, routed decoders are {sorted(LANGUAGE_MODELS)}"
         )
-    return LANGUAGE_MODELS[model_type](config.text_config, config.adapter_size, config.routed_layers)
+    return LANGUAGE_MODELS[model_type](
+        config.text_config, config.adapter_size, config.routed_layers, config.skipped_layers
+    )
 
 
 class RoeLlavaPreTrainedModel(RefusesFlashAttention, LlavaPreTrainedModel):
@@ -385,15 +365,22 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
             routing.routes, routing.rows = cache.routes_for(tokens.shape[0])
             return
         check_request(request)
-        always_run = [i for i, layer in enumerate(self.language_model.layers) if layer.router is None]
+        if is_baked(self.config):
+            request = as_pinned(request, self.config, tokens.shape[0])
+        always_run = [i for i, layer in enumerate(self.language_model.layers) if layer.adapter is None]
         if request["routes"] is not None:
             routes = checked_routes(request["routes"], tokens.shape[0], routing.num_layers, always_run)
             routing.routes = routes.to(tokens.device, non_blocking=True)
             routing.rows = [LayerRows(keep, tokens.device) for keep in routes.t().tolist()]
             return
+        check_routers(self.language_model.layers)
         segments = request["routing_segments"]
         if segments is None:
+            if self.training and cache is None:  # the head makes them of its labels
+                logger.warning_once("training without routing_segments or labels: routers read answers, too")
             segments = self.segments_of(input_ids, inputs_embeds, attention_mask)
+        elif self.training and cache is None:
+            check_segments_cover(segments, tokens.shape[1])
         segments = pad_segments(segments.to(tokens.device), tokens.shape[1])
         if attention_mask is not None and attention_mask.shape == segments.shape:
             segments = segments.masked_fill(attention_mask.to(segments.device) == 0, -1)  # padding is never read
@@ -427,7 +414,12 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
 
 
 class RoeLlavaForConditionalGeneration(
-    RoeGroupingMixin, RoeGraftingMixin, RoeCompileMixin, RoeLlavaPreTrainedModel, LlavaForConditionalGeneration
+    RoeReportMixin,
+    RoeGroupingMixin,
+    RoeGraftingMixin,
+    RoeCompileMixin,
+    RoeLlavaPreTrainedModel,
+    LlavaForConditionalGeneration,
 ):
     """LLaVA that decides per example which decoder layers to run.
 
@@ -443,6 +435,7 @@ class RoeLlavaForConditionalGeneration(
         LlavaPreTrainedModel.__init__(self, config)
         self.model = RoeLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.routing_tally = RoutingTally()
         self.post_init()
 
     @can_return_tuple
@@ -478,8 +471,14 @@ class RoeLlavaForConditionalGeneration(
             Others: as in `LlavaForConditionalGeneration`.
         Raises: ValueError if `routes` or `route_bias` come with a cache that has routes, and for wrong shapes.
         """
-        routing = Routing(self.config.text_config.num_hidden_layers)
-        if labels is not None and routing_segments is None and routes is None:
+        routing, pinned = (
+            Routing(self.config.text_config.num_hidden_layers),
+            routes is not None or is_baked(self.config),
+        )
+        rows_per_prompt = kwargs.pop(ROWS_PER_PROMPT, 1)
+        if labels is not None and routing_segments is not None:
+            check_segments_cover(routing_segments, labels.shape[1])
+        elif labels is not None and not pinned:
             routing_segments = self.model.segments_of(input_ids, inputs_embeds, attention_mask, labels)
         outputs = super().forward(
             input_ids=input_ids,
@@ -490,7 +489,7 @@ class RoeLlavaForConditionalGeneration(
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
-            labels=labels if not self.training or routes is not None else None,
+            labels=labels if not self.training or pinned else None,
             logits_to_keep=logits_to_keep,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -503,6 +502,8 @@ class RoeLlavaForConditionalGeneration(
         loss = outputs.loss
         if labels is not None and routing.is_soft:
             loss = roe_loss(outputs.logits, labels, routing.skip_share(), self.config.target_skip_ratio)
+        if rows_per_prompt:
+            self.count_routing(routing, outputs, rows_per_prompt)
         return RoeLlavaCausalLMOutputWithPast(
             **{**outputs, "loss": loss},
             routes=routing.decided_routes(outputs.logits.device),

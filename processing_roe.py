@@ -25,8 +25,10 @@ class RoeLlavaProcessor(LlavaProcessor):
             Others: as in `LlavaProcessor`.
         Returns: its `BatchFeature` with `routing_segments` (B, S) int: 0 context (what precedes the first question,
             and images), t >= 1 question of turn t with its role tags, -1 answers and padding.
-        Raises: ValueError if the tokenizer cannot tell which characters a token covers.
+        Raises: ValueError if the tokenizer cannot tell which characters a token covers, and for routing arguments of
+            `generate`.
         """
+        check_no_routing(kwargs)
         if text is None:
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if not self.tokenizer.is_fast:
@@ -116,6 +118,16 @@ def find(text: str, tag: str | None, start: int) -> int:
     """Where a tag comes next; the text's end if it does not."""
     place = -1 if tag is None else text.find(tag, start)
     return len(text) if place < 0 else place
+
+
+def check_no_routing(kwargs: dict) -> None:
+    """Raises: ValueError for arguments of `generate`, which a pipeline hands to the processor; it would drop them."""
+    for name in ("routes", "route_bias", "skip_ratio"):
+        if name in kwargs:
+            raise ValueError(
+                f"{name} given to the processor, but generate takes it: in a pipeline pass "
+                f"generate_kwargs={{{name!r}: ...}}"
+            )
 
 
 def pop_tensor_type(kwargs: dict):

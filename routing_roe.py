@@ -55,6 +55,21 @@ def pad_segments(segments: Tensor, length: int) -> Tensor:
     return nn.functional.pad(segments, (0, missing), value=-1)
 
 
+def check_segments_cover(segments: Tensor, length: int) -> None:
+    """Check that segments (B, S') are those of a whole conversation of S tokens, answers included.
+
+    TRL makes segments of left-padded prompts, then appends completions and moves rows to the left: the question of a
+    short prompt would reach into its answer.
+
+    Raises: ValueError if they are not.
+    """
+    if segments.shape[1] < length:
+        raise ValueError(
+            f"routing_segments cover {segments.shape[1]} of {length} tokens to learn from: were they made of the "
+            "prompts alone (TRL with prompt/completion rows)? Give rows of `messages` (and assistant_only_loss=True)"
+        )
+
+
 def inference_visibility(segments: Tensor, question: str = "last_turn") -> Tensor:
     """What the pair of routing tokens reads at inference, besides itself: (B, 2, S) bool (image token, text token).
 

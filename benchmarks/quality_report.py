@@ -6,7 +6,7 @@ from statistics import mean, stdev
 
 from matplotlib.figure import Figure
 
-from ..examples.tiny_world.pictures import FAINT, INK, KEPT, WRONG
+from ..display.drawing import FAINT, INK, KEPT, WRONG
 
 LABELS = {
     "base": "base, untrained",

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..adapter_roe import ABOUT_NAME, expanded
+from ..baked_roe import refuse_baked
 from ..calibration_roe import SkipCalibration
 from ..configuration_roe import RoeLlavaConfig
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
@@ -129,6 +130,7 @@ def table_file(where: Source) -> Path:
             f"{path} has model_type {content.get('model_type')!r}, expected {RoeLlavaConfig.model_type!r}: only a RoE "
             "checkpoint or an adapter folder has routers to calibrate"
         )
+    refuse_baked(content.get("skipped_layers"), "there is nothing to calibrate", where.folder)
     return path
 
 

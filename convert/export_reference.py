@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import CLIPImageProcessorPil
 
+from ..baked_roe import refuse_baked
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
 from .completeness import check_complete
@@ -149,6 +150,7 @@ def check_expressible(config: dict, path: Path) -> None:
         if not isinstance(config.get(name), dict):
             raise ValueError(f"{path} has no {name}, expected the configuration of the {kind}: is the file whole?")
     check_opens(config, path)
+    refuse_baked(config.get("skipped_layers"), "the published code could not run it", path.parent)
     full = RoeLlavaConfig.from_dict(config)
     text = full.text_config
     if text.model_type != "llama":

@@ -186,13 +186,19 @@ def write_companions(companions: Companions, folder: Path) -> None:
         write_json(folder / "processor_config.json", companions.processor)
 
 
-def write_code(folder: Path) -> list[str]:
-    """Copy the code that `trust_remote_code=True` loads; names of the files.
+def code_files() -> dict[str, Path]:
+    """Name to place of every file of the code that `trust_remote_code=True` loads.
 
     The list is what Transformers itself finds by following relative imports.
     """
     entries = [module.__file__ for module in (configuration_roe, modeling_roe_llava, processing_roe)]
     needed = {Path(file) for entry in entries for file in [entry, *get_relative_import_files(entry)]}
-    for file in sorted(needed):
-        shutil.copyfile(file, folder / file.name)
-    return sorted(file.name for file in needed)
+    return {path.name: path for path in sorted(needed)}
+
+
+def write_code(folder: Path) -> list[str]:
+    """Copy the code that `trust_remote_code=True` loads; names of the files."""
+    needed = code_files()
+    for name, path in needed.items():
+        shutil.copyfile(path, folder / name)
+    return [*needed]

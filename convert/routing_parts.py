@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..baked_roe import refuse_baked
 from ..configuration_roe import RoeLlavaConfig
 from .adapter_file import ABOUT_NAME, AdapterInfo, check_stored_parts, open_adapter
 from .fingerprint import base_signatures, base_tensors
@@ -50,6 +51,7 @@ def open_routing_parts(where: Source) -> RoutingParts:
             f"{RoeLlavaConfig.model_type!r}: are BASE and ROE swapped?"
         )
     check_opens(content, folder / "config.json")
+    refuse_baked(content.get("skipped_layers"), "it has no routing parts to take", folder)
     info = AdapterInfo.of_config(RoeLlavaConfig.from_dict(content), recorded_training(content, folder / "config.json"))
     checkpoint = open_checkpoint(folder)
     tensors = split_routing_parts(checkpoint.tensors)[1]

@@ -1,5 +1,7 @@
 """Fixtures: tiny routed models whose routes depend on the input (`tiny.py` builds them), and checkpoints on disk."""
 
+import logging
+import re
 import shutil
 
 import pytest
@@ -13,11 +15,38 @@ from transformers import CLIPImageProcessor
 
 from roe_llava import RoeLlavaProcessor
 from roe_llava.convert.adapter_file import save_adapter
+from roe_llava.convert.graft import graft
+from roe_llava.examples.tiny_world.demo import SHIPPED
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+class Deprecations(logging.Handler):
+    """Holds what Transformers logs, instead of warning, about what it will take away."""
+
+    PATTERN = re.compile(r"\bdeprecated\b|\bwill be removed\b", flags=re.IGNORECASE)
+    ITS_OWN = "Passing `generation_config` together with"  # what Transformers 5.23 does itself for an assistant model
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.found = []
+
+    def emit(self, record):
+        if self.PATTERN.search(record.getMessage()) and self.ITS_OWN not in record.getMessage():
+            self.found.append(f"{record.name}: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated_logged():
+    """Fails a test in which Transformers logs that something is deprecated; pyproject.toml sees to its warnings."""
+    handler, logger = Deprecations(), logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not handler.found, handler.found
 
 
 @pytest.fixture
@@ -133,3 +162,11 @@ def adapter(tmp_path, shared_adapter):
 def base_copy(tmp_path, base):
     """A copy to damage."""
     return shutil.copytree(base, tmp_path / "base")
+
+
+@pytest.fixture(scope="session")
+def shipped_roe(tmp_path_factory):
+    """The shipped parts on the shipped base."""
+    folder = tmp_path_factory.mktemp("shipped") / "roe"
+    graft(SHIPPED / "base", SHIPPED / "roe", folder)
+    return folder

@@ -30,6 +30,7 @@ from conversation_helpers import (
 )
 from datasets import Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
+from PIL import ImageFile
 from torch.utils.data import DataLoader
 
 from roe_llava.training.bad_rows import REASONS
@@ -85,6 +86,13 @@ def test_a_bad_row_is_fatal_and_named(folder, word_processor, name):
     place = f"{folder / 'train.json'}, row 2" + (" (id 'the bad')" if isinstance(bad, dict) else "")
     assert message.startswith(f"{place}: {reason}: ") and phrase in message
     assert f"1 of 4 rows cannot be used (1 x {reason})" in message and "on_bad='skip'" in message
+
+
+def test_a_truncated_image_is_found_where_pillow_was_told_to_fill_it(folder, word_processor, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(ValueError, match="broken image"):
+        load(folder, [CIRCLE, BAD["truncated"][0]], word_processor, max_length=40)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_bad_rows_are_left_out_counted_and_reported(folder, word_processor, caplog):

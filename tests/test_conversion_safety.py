@@ -16,13 +16,23 @@ from original_helpers import golden_source, make_original
 
 from roe_llava.convert import copying, output, weights
 from roe_llava.convert.adapter_file import save_adapter
+from roe_llava.convert.bake import bake
 from roe_llava.convert.export_reference import export_reference
 from roe_llava.convert.extract import extract
 from roe_llava.convert.graft import graft
 from roe_llava.convert.import_llava import import_llava
 from roe_llava.convert.import_reference import import_reference
 
-COMMANDS = ("graft", "extract", "extract --full", "import-llava", "import-reference", "export-reference")
+COMMANDS = (
+    "graft",
+    "extract",
+    "extract --full",
+    "import-llava",
+    "import-reference",
+    "export-reference",
+    "bake",
+    "bake to stock",
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked and killed")
 
@@ -46,6 +56,8 @@ def conversions(tmp_path_factory):
         "import-llava": partial(import_llava, original),
         "import-reference": partial(import_reference, published),
         "export-reference": partial(export_reference, folder / "imported"),
+        "bake": partial(bake, folder / "roe", route="101", drop_adapters="never"),
+        "bake to stock": partial(bake, folder / "roe", route="101", drop_adapters="always"),
     }
 
 

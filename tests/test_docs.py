@@ -28,6 +28,11 @@ def test_every_test_that_a_page_names_exists(page):
     assert all((ROOT / "tests" / file).is_file() for file in files)
 
 
+def test_every_row_of_the_contract_names_a_test():
+    rows = re.findall(r"^\| (?!what you do|-)(.*) \|$", (ROOT / "docs" / "contract.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) > 20 and not [row for row in rows if not re.search(r"`test_\w+\.py(::test_\w+)?`$", row)]
+
+
 def test_every_footnote_of_the_roads_has_a_test():
     marks = {ord(mark) for mark in "¹²³⁴⁵⁶⁷⁸⁹"}
     roads = CHECKPOINTS.partition("\n\n| |")[0]

@@ -516,6 +516,6 @@ def test_a_failed_generation_leaves_nothing_behind_in_a_given_cache(model):
 
 def test_generating_while_training_with_gradient_checkpointing_is_refused(model):
     model.train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     with pytest.raises(ValueError, match=r"gradient checkpointing .* model.eval\(\)"):
         model.generate(**tiny.alone("question"), max_new_tokens=2)

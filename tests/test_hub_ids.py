@@ -77,6 +77,14 @@ def test_extract_gives_the_adapter_of_a_model_on_the_hub(run, tmp_path, shared_a
     assert ours.keys() == theirs.keys() and all(bytes_of(ours[name]) == bytes_of(theirs[name]) for name in ours)
 
 
+def test_bake_takes_a_hub_id_and_records_the_commit(run, tmp_path):
+    done = run("bake", "someone/roe", "out", "--route", "1,", "--drop-adapters", "never", "--revision", "main")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    found = config["roe_provenance"]["baked_from"]
+    assert found["id"] == "someone/roe" and len(found["revision"]) == 40 and config["skipped_layers"] == [1]
+
+
 def test_verify_takes_hub_ids(run, tmp_path):
     options = ["--revision", "v1", "--tokens", "2", "--repeats", "0", "--device", "cpu", "--json", "report.json"]
     done = run("verify", "someone/base", "someone/roe", *options)

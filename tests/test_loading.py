@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -308,3 +311,16 @@ def test_fresh_adapters_start_small_whatever_their_width():
     model = RoeLlavaForConditionalGeneration(tiny.tiny_config(adapter_size=tiny.HIDDEN))
     adapter = layers_of(model)[0].adapter
     assert adapter.down_proj.weight.abs().max() > 10 * adapter.up_proj.weight.abs().max() > 0
+
+
+OLDER = """
+import importlib.metadata, transformers
+importlib.metadata.version = lambda name: "5.17.0"
+import roe_llava.configuration_roe
+"""
+
+
+def test_an_older_transformers_is_refused_with_what_to_do():
+    done = subprocess.run([sys.executable, "-c", OLDER], capture_output=True, text=True)
+    assert done.returncode and "transformers>=5.23.0 is required" in done.stderr and "pip install -U" in done.stderr
+    assert "transformers>=5.23,<6" in (Path(__file__).parent.parent / "setup.cfg").read_text()

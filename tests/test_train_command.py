@@ -19,6 +19,12 @@ from roe_llava.examples.tiny_world.train_roe import BASE
 from roe_llava.examples.tiny_world.world import TinyWorld
 from roe_llava.training.train import write_result
 
+# Options keep the names that Transformers will take away while it has both, and PEFT asks by one of them.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing(_kwargs)?. is deprecated"),
+]
+
 RECIPES = ("frozen", "full", "lora")
 
 

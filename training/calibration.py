@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ..baked_roe import refuse_baked
 from ..calibration_roe import SkipCalibration, router_fingerprint
 
 logger = logging.get_logger(__name__)
@@ -54,6 +55,7 @@ def calibrate(
     """
     if model.training:
         raise ValueError("the model is in training mode, which mixes both paths of every layer: call model.eval()")
+    refuse_baked(model.config.skipped_layers, "there is nothing to calibrate", model.config._name_or_path)
     ratios = checked_ratios(ratios)
     if iter(batches) is batches:
         batches = list(batches)

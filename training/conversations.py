@@ -7,12 +7,14 @@ Rows hold paths or bytes; an image is opened when its batch is made. `TrainingAr
 `remove_unused_columns=False`, as with any collator that reads columns the model does not know.
 """
 
+import contextlib
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import PIL.Image
+import PIL.ImageFile
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -153,13 +155,24 @@ def opened_image(image: str | dict, place: str) -> PIL.Image.Image:
     """An image, decoded whole, upright, in RGB."""
     path, content = (image, None) if isinstance(image, str) else (image["path"], image["bytes"])
     try:
-        with PIL.Image.open(path if content is None else io.BytesIO(content)) as opened:
+        with whole_images(), PIL.Image.open(path if content is None else io.BytesIO(content)) as opened:
             return load_image(opened)
     except FileNotFoundError as error:
         raise RowError("missing image", f"no file {path}", place) from error
     except Exception as error:  # Pillow's decoders raise nearly anything for damaged bytes; all of it is reported
         shown = f"{len(content)} stored bytes" if content is not None else path
         raise RowError("broken image", f"{shown}: {type(error).__name__}: {error}", place) from error
+
+
+@contextlib.contextmanager
+def whole_images() -> Iterator[None]:
+    """Truncated images are errors, although some libraries (lmms-eval) have Pillow fill them with grey for all."""
+    setting = PIL.ImageFile.LOAD_TRUNCATED_IMAGES
+    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        PIL.ImageFile.LOAD_TRUNCATED_IMAGES = setting
 
 
 def full_check(conversations: Conversations, collate: ConversationCollator, workers: int) -> list[BadRow]:

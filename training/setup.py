@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..baked_roe import refuse_baked
 from ..convert.fingerprint import describe_base
 from ..convert.source import Source, blamed_on, read_json, resolve_source
 from ..grafting_roe import no_warning_of_missing_parts
@@ -50,12 +51,14 @@ def find_model(options: ModelOptions) -> Source:
     Raises: ValueError if it is none, or of another kind.
     """
     source = resolve_source(options.model, options.revision)
-    model_type = read_json(source.folder / "config.json").get("model_type")
+    config = read_json(source.folder / "config.json")
+    model_type = config.get("model_type")
     if model_type not in ("llava", "roe_llava"):
         raise ValueError(
             f"{source.folder} has model_type {model_type!r}, expected 'llava' (llava-hf's layout) or 'roe_llava': an "
             "original LLaVA goes through roe-llava import-llava first"
         )
+    refuse_baked(config.get("skipped_layers"), "there is no routing to train", source.folder)
     return source
 
 

@@ -12,6 +12,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from ..baked_roe import refuse_baked
 from ..routing_roe import RoutingPhase
 from .across_ranks import DrawsOfRank, look_at_every_batch
 from .meter import RoutingMeter
@@ -110,6 +111,7 @@ class RoeTrainer(Trainer):
         self.teacher = teacher
         if (teacher is not None) != isinstance(schedule, TaughtSchedule):
             raise ValueError("a TaughtSchedule needs a teacher, and no other schedule has use for one")
+        refuse_baked(getattr(model.config, "skipped_layers", None), "there is no routing to train", "the model")
         self.meter, self.eval_meter = RoutingMeter(), RoutingMeter()
         choose_trained(model, rates)
         if kwargs.get("args") is not None:

@@ -6,15 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
+from ...display.drawing import (
+    FAINT,
+    INK,
+    KEPT,
+    WRONG,
+    bare,
+    draw_boxes,
+    draw_columns,
+    draw_shares,
+    legend_patches,
+    number_layers,
+)
 from .asking import Answered, route_text, scores
 from .world import CELL_PIXELS, GRID, ROWS
 
-# Okabe and Ito's blue and vermilion are told apart by any eye; kept and skipped differ in lightness, too.
-KEPT, SKIPPED, WRONG, INK, FAINT = "#0072B2", "#E3E9EE", "#D55E00", "#22303A", "#6B7780"
 NUM_EXAMPLES = 8
 COLUMNS = 4
 
@@ -37,8 +45,7 @@ def draw_routes(answered: Sequence[Answered], path: Path) -> None:
     title = f"{len(answered)} held-out questions, one column each, equal routes together"
     figure.text(0.072, 0.94, "Which decoder layers a question runs", fontsize=14, fontweight="bold", color=INK)
     figure.text(0.072, 0.885, title, fontsize=10.5, color=FAINT)
-    legend = [Patch(facecolor=KEPT, label="layer runs"), Patch(facecolor=SKIPPED, label="layer skipped")]
-    figure.legend(handles=legend, loc="upper right", bbox_to_anchor=(0.99, 0.99), ncols=2, frameon=False)
+    figure.legend(handles=legend_patches(), loc="upper right", bbox_to_anchor=(0.99, 0.99), ncols=2, frameon=False)
     figure.savefig(path)
 
 
@@ -55,12 +62,7 @@ def by_family(answered: Sequence[Answered]) -> dict[str, list[Answered]]:
 
 def draw_family(axis: Axes, family: str, items: Sequence[Answered]) -> None:
     """One family's part of the map, layer 0 at the bottom."""
-    num_layers = len(items[0].route)
-    kept = [[int(item.route[layer]) for item in items] for layer in range(num_layers)]
-    colors = ListedColormap([SKIPPED, KEPT])
-    axis.imshow(kept, cmap=colors, vmin=0, vmax=1, aspect="auto", interpolation="nearest", origin="lower")
-    axis.hlines([layer + 0.5 for layer in range(num_layers - 1)], -0.5, len(items) - 0.5, color="white", linewidth=1.6)
-    bare(axis)
+    draw_columns(axis, [item.route for item in items])
     axis.set_title(family, fontsize=11, fontweight="bold", color=INK, pad=6)
     write_scores(axis, 0.5, items)
 
@@ -75,27 +77,16 @@ def write_scores(axis: Axes, center: float, items: Sequence[Answered]) -> None:
 
 def label_layers(axis: Axes, num_layers: int) -> None:
     """Numbers of the layers, and what the lines below the map are, left of its first part."""
-    axis.set_yticks(range(num_layers), labels=range(num_layers))
-    axis.tick_params(length=0, labelsize=9, labelcolor=FAINT)
-    axis.set_ylabel("decoder layer", color=INK, labelpad=8)
+    number_layers(axis, num_layers)
     for line, height in (("skipped", -0.07), ("correct", -0.145)):
         axis.text(-0.07, height, line, transform=axis.transAxes, fontsize=9, color=FAINT, ha="right", va="center")
 
 
 def draw_skips_by_layer(axis: Axes, answered: Sequence[Answered]) -> None:
     """How often each layer runs over all questions, with the skipped share written behind the bar."""
-    num_layers = len(answered[0].route)
-    ran = [sum(int(item.route[layer]) for item in answered) / len(answered) for layer in range(num_layers)]
-    axis.barh(range(num_layers), [1.0] * num_layers, color=SKIPPED, height=0.88)
-    axis.barh(range(num_layers), ran, color=KEPT, height=0.88)
-    for layer, share in enumerate(ran):
-        axis.text(1.42, layer, f"{100 * (1 - share):.0f} %", va="center", ha="right", fontsize=9, color=INK)
-    axis.set_xlim(0, 1.45)
-    axis.set_ylim(-0.5, num_layers - 0.5)
-    bare(axis)
+    draw_shares(axis, [item.route for item in answered])
     middle = 0.5 / 1.45
     axis.text(middle, 1.02, "all", transform=axis.transAxes, fontsize=11, fontweight="bold", color=INK, ha="center")
-    axis.text(1.0, 1.02, "skipped", transform=axis.transAxes, fontsize=9, color=FAINT, ha="right")
     write_scores(axis, middle, answered)
 
 
@@ -164,19 +155,8 @@ def draw_words(axis: Axes, item: Answered) -> None:
 def draw_strip(axis: Axes, item: Answered) -> None:
     """A box per decoder layer, numbered, filled where it ran."""
     bare(axis)
-    for layer, keep in enumerate(item.route.tolist()):
-        axis.barh(0, 0.92, left=layer + 0.04, color=KEPT if keep else SKIPPED, height=0.8)
-        axis.text(layer + 0.5, 0, str(layer), ha="center", va="center", fontsize=9, color="white" if keep else FAINT)
-    axis.set_xlim(0, len(item.route))
+    draw_boxes(axis, item.route.tolist())
     axis.set_ylim(-0.45, 0.45)
-
-
-def bare(axis: Axes) -> None:
-    """No frame and no ticks."""
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-    axis.set_xticks([])
-    axis.set_yticks([])
 
 
 __all__ = ["chosen", "draw_examples", "draw_routes"]

@@ -1,0 +1,1 @@
+"""Benchmarks through lmms-eval, along the routes that `generate` takes."""

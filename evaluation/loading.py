@@ -1,0 +1,66 @@
+"""Opens what is to be evaluated: a RoE checkpoint, or another one where a dense run was asked for."""
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+
+MODEL_TYPE = "roe_llava"
+
+
+def checkpoint_type(pretrained: str, revision: str | None = None) -> str:
+    """`model_type` of a folder or Hub id, read without running its code.
+
+    Raises: OSError if there is no config; ValueError if it names no type.
+    """
+    content, _ = PreTrainedConfig.get_config_dict(pretrained, revision=revision)
+    if "model_type" not in content:
+        raise ValueError(f"config.json of {pretrained} has no model_type: is it a Transformers checkpoint?")
+    return content["model_type"]
+
+
+def open_checkpoint(pretrained: str, *, revision=None, trust_remote_code=False, dense=False, **load_options):
+    """Model in evaluation mode and processor.
+
+    Args:
+        trust_remote_code: run the code that lies with the checkpoint; otherwise the installed package's classes.
+        dense: other models than RoE are welcome.
+        load_options: for `from_pretrained` (dtype, device_map, attn_implementation); `None` counts as not given.
+    Raises: ValueError if the checkpoint is not RoE and no dense run was asked for, or it has no chat template.
+    """
+    load_options = {name: value for name, value in load_options.items() if value is not None}
+    found = checkpoint_type(pretrained, revision)
+    if found != MODEL_TYPE and not dense:
+        raise ValueError(
+            f"{pretrained} is a {found!r} checkpoint, not {MODEL_TYPE!r}: it has no routers and would run dense. Graft "
+            "routing parts onto it (roe-llava graft), or ask for a dense run: dense=True "
+            "(roe-llava evaluate --dense-only)"
+        )
+    if found == MODEL_TYPE and not trust_remote_code:
+        from ..modeling_roe_llava import RoeLlavaForConditionalGeneration as model_class
+        from ..processing_roe import RoeLlavaProcessor as processor_class
+
+        model = model_class.from_pretrained(pretrained, revision=revision, **load_options)
+        processor = processor_class.from_pretrained(pretrained, revision=revision, trust_remote_code=False)
+    else:
+        # Whether to trust is for the caller to say; a checkpoint without code loads with either.
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model = AutoModelForImageTextToText.from_pretrained(pretrained, **options, **load_options)
+        processor = AutoProcessor.from_pretrained(pretrained, **options)
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(f"the processor of {pretrained} has no chat template: how are questions put to it?")
+    return model.eval(), processor
+
+
+def torch_dtype(name: str | torch.dtype | None):
+    """A dtype by its name; "auto" and `None` stay.
+
+    Raises: ValueError for a name that torch does not know.
+    """
+    if name in (None, "auto") or isinstance(name, torch.dtype):
+        return name
+    found = getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be auto or a torch dtype like bfloat16, got {name!r}")
+    return found
+
+
+__all__ = ["MODEL_TYPE", "checkpoint_type", "open_checkpoint", "torch_dtype"]

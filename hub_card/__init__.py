@@ -1,0 +1,1 @@
+"""What a reader of the Hub page sees: the card of a model, and what brings a folder there."""
