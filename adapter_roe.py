@@ -212,8 +212,8 @@ class AdapterInfo:
 
     Attributes:
         text_model_type, num_hidden_layers, hidden_size: of the language model it was trained on.
-        adapter_size, routed_layers, routing_positions, routing_question, target_skip_ratio, skip_calibration: as in
-            `RoeLlavaConfig`.
+        adapter_size, routed_layers, routing_positions, routing_question, target_skip_ratio, route_bias,
+            skip_calibration: as in `RoeLlavaConfig`.
         training: summary of the training, free of form.
         base: `{"id", "revision", "fingerprint", "tensors"}` as `base_record` makes it; `None` if it is not known.
         format_version: of the file.
@@ -227,6 +227,7 @@ class AdapterInfo:
     routing_positions: str
     routing_question: str
     target_skip_ratio: float
+    route_bias: list[float] | None = None
     skip_calibration: dict | None = None
     training: dict = field(default_factory=dict)
     base: dict | None = None
@@ -310,7 +311,7 @@ def read_info(path: Path) -> AdapterInfo:
     if version < 1:
         raise ValueError(f"{path} has format_version {version!r}, expected 1 or more: was it written by roe-llava?")
     known = {one.name for one in fields(AdapterInfo)}
-    required = known - {"skip_calibration", "training", "base", "format_version"}
+    required = known - {"route_bias", "skip_calibration", "training", "base", "format_version"}
     if missing := sorted(required - content.keys()):
         raise ValueError(f"{path} lacks {listed(missing)}: was it written by roe-llava?")
     check_entries(content, INFO_ENTRIES, path)
@@ -351,6 +352,7 @@ INFO_ENTRIES = {
     "routing_positions": (lambda value: isinstance(value, str), "text"),
     "routing_question": (lambda value: isinstance(value, str), "text"),
     "target_skip_ratio": (lambda value: type(value) in (int, float), "a number"),
+    "route_bias": (lambda value: value is None or isinstance(value, list), "null or a list of numbers"),
     "skip_calibration": (lambda value: value is None or isinstance(value, dict), "null or an object"),
     "training": (lambda value: isinstance(value, dict), "an object"),
     "base": (lambda value: value is None or isinstance(value, dict), "null or an object"),

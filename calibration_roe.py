@@ -168,7 +168,9 @@ def router_fingerprint(model) -> str | None:
 
     Returns: `None` where their values are not in memory (offloaded or sharded).
     """
-    digest = hashlib.sha256(f"{model.config.routing_positions} {model.config.routing_question}\n".encode())
+    reads = f"{model.config.routing_positions} {model.config.routing_question}"
+    own_bias = model.config.route_bias  # left out where there is none, as tables have it that are older than it
+    digest = hashlib.sha256(f"{reads}{'' if own_bias is None else f' {own_bias}'}\n".encode())
     for name, parameter in deciding_parameters(model):
         if type(parameter) is not nn.Parameter or parameter.is_meta or hasattr(parameter, "ds_id"):
             return None
@@ -211,7 +213,8 @@ def check_routers(model, table: SkipCalibration) -> None:
     # The counter of a tensor's changes goes up with every step of an optimizer.
     parameters = [parameter for _, parameter in deciding_parameters(model)]
     state = [(id(one), None if one.is_inference() else one._version) for one in parameters]
-    asked = (table.routers, model.config.routing_positions, model.config.routing_question, state)
+    config = model.config
+    asked = (table.routers, config.routing_positions, config.routing_question, config.route_bias, state)
     if getattr(model, "_routers_calibrated", None) == asked:
         return
     found = router_fingerprint(model)
@@ -226,7 +229,8 @@ def check_routers(model, table: SkipCalibration) -> None:
         )
         raise ValueError(
             f"skip_calibration was made with routers of fingerprint {table.routers[:16]}, this model's have "
-            f"{found[:16]}: they were trained or replaced since, or routing_positions or routing_question was changed."
+            f"{found[:16]}: they were trained or replaced since, or routing_positions, routing_question or "
+            f"route_bias was changed."
             f"{rounded} Calibrate again: {HOW_TO}"
         )
     model._routers_calibrated = asked

@@ -4,6 +4,8 @@
 boundaries and other training settings are arguments of the training, not of the model.
 """
 
+import math
+
 from transformers import LlavaConfig
 from transformers.utils.versions import require_version
 
@@ -20,6 +22,7 @@ ROUTING_FIELDS = (
     "routing_positions",
     "routing_question",
     "target_skip_ratio",
+    "route_bias",
     "skip_calibration",
 )
 BAKED_FIELDS = ("skipped_layers",)  # of a checkpoint whose route is frozen, so that nothing is left to route
@@ -46,14 +49,18 @@ class RoeLlavaConfig(LlavaConfig):
         target_skip_ratio (`float`, defaults to 0.3):
             Wanted share of skipped (example, layer) pairs, in [0, 0.5]. Read by the sparsity penalty and the random
             warm-up in training, never at inference.
+        route_bias (`list[float]`, *optional*):
+            One number per decoder layer, added to its keep logit in every decision; the end of training finds those
+            with which held-out questions skip `target_skip_ratio`. What a caller gives as `route_bias=` comes on top.
+            `None`: no shift. Read at every prefill and training pass.
         skip_calibration (`dict`, *optional*):
             Table from skip ratio to route bias, as `SkipCalibration` describes it; `roe-llava calibrate` measures it.
             It holds for the routers it was measured with. Read by `generate(skip_ratio=...)`.
         skipped_layers (`list[int]`, *optional*):
             Of a baked checkpoint (`roe-llava bake`): the layers that are skipped for every input, at least one and not
             all. They hold their norm and adapter alone, the others always run, and there are no routers and no routing
-            tokens; `routed_layers` is then empty and `skip_calibration` `None`. `None`: routers decide. Read when
-            layers are built, and at every prefill and training pass.
+            tokens; `routed_layers` is then empty, `route_bias` and `skip_calibration` are `None`. `None`: routers
+            decide. Read when layers are built, and at every prefill and training pass.
     """
 
     model_type = "roe_llava"
@@ -63,6 +70,7 @@ class RoeLlavaConfig(LlavaConfig):
     routing_positions: str = "preceding"
     routing_question: str = "last_turn"
     target_skip_ratio: float = 0.3
+    route_bias: list[float] | None = None
     skip_calibration: dict | None = None
     skipped_layers: list[int] | None = None
 
@@ -83,6 +91,8 @@ class RoeLlavaConfig(LlavaConfig):
             self.routed_layers = self._checked_layers("routed_layers", self.routed_layers)
         if self.skipped_layers is not None:
             self._check_baked()
+        if self.route_bias is not None:
+            self.route_bias = self._checked_bias()
         if self.skip_calibration is not None:
             SkipCalibration.of_dict(self.skip_calibration, self.text_config.num_hidden_layers)
 
@@ -115,9 +125,20 @@ class RoeLlavaConfig(LlavaConfig):
                 f"skipped_layers {self.skipped_layers} beside routed_layers {self.routed_layers}: a baked model has no "
                 "routers. Leave routed_layers out, or pin the route of a routed model with routes="
             )
-        if self.skip_calibration is not None:
-            raise ValueError("skip_calibration beside skipped_layers: a baked model has no routers it could hold for")
+        for name in ("route_bias", "skip_calibration"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} beside skipped_layers: a baked model has no routers it could hold for")
         self.routed_layers = []
+
+    def _checked_bias(self) -> list[float]:
+        bias, num_layers = self.route_bias, self.text_config.num_hidden_layers
+        is_right = isinstance(bias, list | tuple) and len(bias) == num_layers
+        if not is_right or not all(type(one) in (int, float) and math.isfinite(one) for one in bias):
+            raise ValueError(
+                f"route_bias must be {num_layers} finite numbers, one per decoder layer, or None, got {bias!r:.80}; "
+                "for one call give it to forward or generate"
+            )
+        return [float(one) for one in bias]
 
     def _checked_layers(self, name, layers):
         num_layers = self.text_config.num_hidden_layers

@@ -39,17 +39,17 @@ from .grafting_roe import RoeGraftingMixin
 from .grouping_roe import RoeGroupingMixin
 from .loading_roe import RefusesFlashAttention, register_names
 from .modules_roe import RoeAdapter, RoeLinear, RoeRouter, RoeUpProjection, check_routers
+from .phases_roe import RoutingPhase, roe_loss
 from .report_roe import ROWS_PER_PROMPT, RoeReportMixin, RoutingTally
 from .routing_roe import (
     Routing,
-    RoutingPhase,
     check_request,
     check_segments_cover,
     checked_route_bias,
     checked_routes,
     default_segments,
+    new_routing,
     pad_segments,
-    roe_loss,
     routing_position_ids,
 )
 
@@ -117,7 +117,7 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
             logits = self.router(self.input_layernorm(states))[:, 0]
             bias = routing.route_bias[self.layer_idx]
             bias = bias.to(logits.device) if isinstance(bias, Tensor) else bias
-            keep = logits[:, 0] + bias > logits[:, 1]
+            keep = logits[:, 0] + routing.own_bias[self.layer_idx] + bias > logits[:, 1]
             routing.logits[self.layer_idx] = logits
             rows = LayerRows(keep.tolist(), states.device)
         routing.rows[self.layer_idx] = rows
@@ -341,7 +341,7 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         if past_key_values is None and use_cache and not self.training:
             past_key_values = RoeCache(self.config)
-        routing = Routing(self.config.text_config.num_hidden_layers) if routing is None else routing
+        routing = new_routing(self.config) if routing is None else routing
         request = {"routing_segments": routing_segments, "routes": routes, "route_bias": route_bias}
         if past_key_values is not None:
             adopt_cache(past_key_values, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
@@ -472,7 +472,7 @@ class RoeLlavaForConditionalGeneration(
         Raises: ValueError if `routes` or `route_bias` come with a cache that has routes, and for wrong shapes.
         """
         routing, pinned = (
-            Routing(self.config.text_config.num_hidden_layers),
+            new_routing(self.config),
             routes is not None or is_baked(self.config),
         )
         rows_per_prompt = kwargs.pop(ROWS_PER_PROMPT, 1)

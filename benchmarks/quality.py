@@ -21,7 +21,17 @@ import torch
 
 from ..convert.output import replace_json
 from ..examples.tiny_world.evaluate import family_examples
-from ..examples.tiny_world.train_roe import BASE, Recipe, evaluate, load, pinned, recipe, route_shares, train
+from ..examples.tiny_world.train_roe import (
+    BASE,
+    Recipe,
+    evaluate,
+    load,
+    pinned,
+    recipe,
+    route_shares,
+    settle_on_held_out,
+    train,
+)
 from ..examples.tiny_world.world import FAMILIES, messages
 from ..training.data import ChatCollator
 from ..training.objective import Objective
@@ -35,6 +45,7 @@ from .report import check_out
 
 TARGETS = (0.1, 0.2, 0.3, 0.4)
 COMPARED = 0.3  # the target at which methods other than ours are run
+SETTLED = ("taught", "gradient")  # methods whose skip ratio is settled at the end, on validation questions
 CURVES = ("token_loss", "hard_skip_ratio", "skip_weight", "stage")
 
 
@@ -188,11 +199,13 @@ def trained(args, run: Run, runs: Path) -> dict:
         settings = argparse.Namespace(steps=steps, batch_size=args.batch_size, seed=run.seed)
         with tempfile.TemporaryDirectory() as folder:
             log = train(model, processor, how, settings, Path(folder), routes)
+    settled = settle_on_held_out(model, processor, run.target) if run.method in SETTLED else None
     pins = random_routes(run, num_layers, args.per_family) if run.method == "random" else routes
     result = evaluate(model, processor, args.per_family, "test", pins)
     taken = result.pop("taken")
     return {
         **result,
+        "settled": None if settled is None else settled.to_dict(),
         "routes": route_shares(taken),
         "skip_by_layer": {family: (~taken[family]).float().mean(dim=0).tolist() for family in taken},
         "steps": log[-1]["step"] if log else 0,

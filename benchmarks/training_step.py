@@ -40,7 +40,7 @@ from ..configuration_roe import RoeLlavaConfig
 from ..convert.output import replace_json
 from ..convert.verify_prompts import stock_twin
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
-from ..routing_roe import RoutingPhase, token_loss_per_example
+from ..phases_roe import RoutingPhase, token_loss_per_example
 from ..training.objective import Objective, mean_over_labelled
 from ..training.teacher import TAUGHT, TaughtObjective, TaughtSchedule, measured
 from ..training.trainer import group_of, parameter_groups

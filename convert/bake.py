@@ -281,6 +281,7 @@ def baked_config(plan: Plan) -> dict:
     return plan.config | {
         "skipped_layers": plan.skipped,
         "routed_layers": [],
+        "route_bias": None,
         "skip_calibration": None,
         "auto_map": AUTO_MAP,
         "roe_provenance": provenance,

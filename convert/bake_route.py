@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..adapter_roe import expanded
-from ..routing_roe import token_loss_per_example
+from ..phases_roe import token_loss_per_example
 from ..training.bad_rows import RowError
 from ..training.calibration import on_model
 from ..training.chat_prompt import chat_prompt, close_answers

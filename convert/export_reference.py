@@ -276,6 +276,8 @@ def published_config(
             f"routing_question is {routing.routing_question!r}; the published inference reads all turns, so a "
             "conversation of several may route otherwise"
         )
+    if routing.route_bias is not None:
+        notes["bias"] = "route_bias is left out: the published code has none, so it skips another share of the layers"
     if routing.skip_calibration is not None:
         notes["table"] = "skip_calibration is left out: the published code has no route bias"
     return flat, notes

@@ -26,7 +26,8 @@ from golden_helpers import (
 )
 
 from roe_llava import RoutingPhase
-from roe_llava.routing_roe import Routing, default_segments, roe_loss, sparsity_penalty, turns_of_tokens
+from roe_llava.phases_roe import roe_loss, sparsity_penalty
+from roe_llava.routing_roe import Routing, default_segments, turns_of_tokens
 from roe_llava.training.objective import Objective, published_loss, published_token_loss, skip_share
 from roe_llava.training.published import (
     PublishedSchedule,

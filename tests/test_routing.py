@@ -12,14 +12,13 @@ from tiny import NUM_LAYERS
 from roe_llava import RoeLlavaConfig, RoutingPhase
 from roe_llava.attention_roe import RoutedAttentionConfig, RoutingAttention, take_rows
 from roe_llava.cache_roe import LayerRows
+from roe_llava.phases_roe import SeededDraws, path_weights
 from roe_llava.routing_roe import (
-    SeededDraws,
     checked_route_bias,
     checked_routes,
     default_segments,
     inference_visibility,
     pad_segments,
-    path_weights,
     routing_position_ids,
     training_visibility,
     turns_of_tokens,

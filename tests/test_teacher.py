@@ -8,7 +8,7 @@ import torch
 from test_trainer import RATES, rows, stack, trainer_for
 
 from roe_llava import RoutingPhase
-from roe_llava.routing_roe import path_weights
+from roe_llava.phases_roe import path_weights
 from roe_llava.training.route_search import RoutePool, choose_routes, price_of, search_routes
 from roe_llava.training.route_values import Reading, RouteValues, expected_losses, question_features
 from roe_llava.training.schedule import StageSchedule

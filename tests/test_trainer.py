@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
 
 from roe_llava import RoutingPhase
-from roe_llava.routing_roe import token_loss_per_example
+from roe_llava.phases_roe import token_loss_per_example
 from roe_llava.training.objective import Objective, published_loss, routing_information, skip_share
 from roe_llava.training.published import PublishedSchedule, published_recipe
 from roe_llava.training.schedule import StageSchedule

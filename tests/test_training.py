@@ -9,7 +9,7 @@ from tiny import NUM_LAYERS, layers_of
 from torch import nn
 
 from roe_llava import RoutingPhase
-from roe_llava.routing_roe import SeededDraws, roe_loss, sparsity_penalty, token_loss_per_example
+from roe_llava.phases_roe import SeededDraws, roe_loss, sparsity_penalty, token_loss_per_example
 
 # Matrix products of another batch size round differently; logits are of order 1.
 CLOSE = {"rtol": 0, "atol": 1e-5}

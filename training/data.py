@@ -25,4 +25,15 @@ class ChatCollator:
         ).data
 
 
-__all__ = ["ChatCollator"]
+def spread_over(size: int, number: int) -> list[int]:
+    """Numbers of so many rows (all if there are fewer), spread evenly over a dataset of a size."""
+    return sorted({index * size // number for index in range(number)})
+
+
+def batches_of(dataset, indices: Sequence[int], batch_size: int, collate: Callable) -> list[dict]:
+    """Rows with these numbers as batches."""
+    starts = range(0, len(indices), batch_size)
+    return [collate([dataset[index] for index in indices[start : start + batch_size]]) for start in starts]
+
+
+__all__ = ["ChatCollator", "batches_of", "spread_over"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..routing_roe import roe_loss, sparsity_penalty, token_loss_per_example
+from ..phases_roe import roe_loss, sparsity_penalty, token_loss_per_example
 from .across_ranks import mean_over_ranks
 
 

@@ -97,6 +97,9 @@ class RoutingOptions:
     )
     budget_weight: float = option(1.0, "nats per unit of share missed, budget 'batch' only")
     information_weight: float = option(0.0, "weight of the push against one route for all, budget 'batch' only")
+    settled_examples: int = option(
+        512, "questions that settle the skip ratio at the end (of the evaluation rows, if there are any); 0: not done"
+    )
     adapter_learning_rate: float | None = option(None, "default: learning_rate")
     router_learning_rate: float | None = option(None, "of routers and routing tokens; default: learning_rate")
     base_learning_rate: float | None = option(None, "of the base or its LoRA; default: learning_rate")
@@ -284,6 +287,8 @@ def check_options(options: Options) -> None:
     moved = [name for name in unread if getattr(options.model, name) != default_of(ModelOptions, name)]
     if moved:
         raise ValueError(f"train_base {options.model.train_base!r} does not read {', '.join(moved)}: leave them out")
+    if options.routing.settled_examples < 0:
+        raise ValueError(f"settled_examples must be 0 (not done) or more, got {options.routing.settled_examples}")
     if options.model.lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {options.model.lora_rank}")
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..routing_roe import RoutingPhase, turns_of_tokens
+from ..phases_roe import RoutingPhase
+from ..routing_roe import turns_of_tokens
 from .objective import Objective
 
 logger = logging.get_logger(__name__)

@@ -6,7 +6,7 @@ Progress is the share of the run's optimizer steps done, in [0, 1).
 import math
 from dataclasses import dataclass
 
-from ..routing_roe import RoutingPhase
+from ..phases_roe import RoutingPhase
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def load_model(options: ModelOptions, source: Source, target: float, in_bfloat16
             source.folder,
             dtype=loaded_dtype(options, in_bfloat16),
             target_skip_ratio=target,
-            skip_calibration=None,  # a table holds for the routers it was measured with
+            route_bias=None,  # like the table, it holds for the routers it was measured with
+            skip_calibration=None,
             **fields,
         )
     for name, parameter in model.named_parameters():

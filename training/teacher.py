@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..routing_roe import RoutingPhase, token_loss_per_example, turns_of_tokens
+from ..phases_roe import RoutingPhase, token_loss_per_example
+from ..routing_roe import turns_of_tokens
 from .meter import hard_skips, labelled_losses
 from .objective import mean_over_labelled
 from .route_search import RoutePool, choose_routes, search_routes

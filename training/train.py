@@ -16,10 +16,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..convert.source import Source, read_json
 from . import lora, setup
+from .data import batches_of, spread_over
 from .options import Options, help_text, parse
 from .results import result_dtype, write_adapter, write_checkpoint
 from .run_folder import RECORD, RecordCallback, RunFolder, check_same_run, checkpoint_to_resume, make_record
 from .run_report import write_report
+from .settle import Settled, settle
 from .trainer import RoeTrainer
 
 
@@ -31,6 +33,7 @@ class Run:
         wrapped: PEFT's wrapper of the model, or `None`.
         checkpoint: to go on from, or `None`.
         base: record of `describe_base`.
+        settled: what was found at the end, or `None`.
     """
 
     options: Options
@@ -45,6 +48,7 @@ class Run:
     trainer: RoeTrainer
     record: dict
     checkpoint: Path | None
+    settled: Settled | None = None
 
 
 def prepare(options: Options) -> Run:
@@ -112,6 +116,7 @@ def train(run: Run) -> None:
         if any(folder.checkpoints.glob(f"checkpoint-*/{RECORD}")):
             say(is_main, "", "go on later with the same options and --resume_from_checkpoint last")
         raise
+    settle_skip_ratio(run)
     if run.data.evaluation is not None:
         trainer.evaluate()
     write_result(run)
@@ -121,6 +126,24 @@ def train(run: Run) -> None:
         if any("token_loss" in entry for entry in trainer.state.log_history):
             write_report(state, folder.report, target=run.options.routing.target_skip_ratio, overwrite=True)
     say(is_main, "", *written(run))
+
+
+def settle_skip_ratio(run: Run) -> None:
+    """Shift the routers onto the target, on every process alike: they have the same model and take the same rows."""
+    number, trainer = run.options.routing.settled_examples, run.trainer
+    is_main = trainer.is_world_process_zero()
+    if number == 0:
+        return
+    if trainer.is_sharded:
+        say(is_main, "the skip ratio was not settled, since the weights are sharded: roe-llava calibrate OUT does it")
+        return
+    rows = run.data.train if run.data.evaluation is None else run.data.evaluation
+    chosen, size = spread_over(len(rows), number), run.options.training.per_device_eval_batch_size
+    batches, was_training = batches_of(rows, chosen, size, run.data.collate), run.model.training
+    run.model.eval()
+    quiet = run.options.training.disable_tqdm or not is_main
+    run.settled = settle(run.model, batches, run.options.routing.target_skip_ratio, quiet)
+    run.model.train(was_training)
 
 
 def write_bad_rows(run: Run) -> None:
@@ -159,6 +182,7 @@ def summary(run: Run) -> dict:
         "target_skip_ratio": run.options.routing.target_skip_ratio,
         "bad_rows": run.data.num_bad,
         "teaching": None if run.trainer.teacher is None else run.trainer.teacher.describe(),
+        "settled": None if run.settled is None else run.settled.to_dict(),
         "measured": measured,
     }
 

@@ -13,8 +13,9 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..baked_roe import refuse_baked
-from ..routing_roe import RoutingPhase
+from ..phases_roe import RoutingPhase
 from .across_ranks import DrawsOfRank, look_at_every_batch
+from .data import batches_of, spread_over
 from .meter import RoutingMeter
 from .objective import Objective
 from .parameter_groups import NO_DECAY, choose_trained, group_of, parameter_groups
@@ -113,6 +114,9 @@ class RoeTrainer(Trainer):
             raise ValueError("a TaughtSchedule needs a teacher, and no other schedule has use for one")
         refuse_baked(getattr(model.config, "skipped_layers", None), "there is no routing to train", "the model")
         self.meter, self.eval_meter = RoutingMeter(), RoutingMeter()
+        if "router" in rates and model.config.route_bias is not None:
+            logger.info("config.route_bias was found for the routers as they were: training begins without it")
+            model.config.route_bias = None
         choose_trained(model, rates)
         if kwargs.get("args") is not None:
             let_ddp_find_unused(kwargs["args"])
@@ -241,15 +245,13 @@ class RoeTrainer(Trainer):
         if not has_length(self.train_dataset):
             raise ValueError("routes are searched on examples spread over the data: the dataset needs a length")
         size, number = len(self.train_dataset), self.teacher.teaching.searched_examples
-        indices = sorted({index * size // number for index in range(number)})
+        indices = spread_over(size, number)
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         if len(indices) < ranks:
             raise ValueError(f"{len(indices)} examples to search routes on are fewer than the {ranks} processes")
         share = len(indices) // ranks  # the same number of batches for all: sharded weights are gathered together
         own = indices[rank * share : (rank + 1) * share]
-        step = self.args.per_device_train_batch_size
-        examples = [[self.train_dataset[i] for i in own[start : start + step]] for start in range(0, len(own), step)]
-        return [self.data_collator(part) for part in examples]
+        return batches_of(self.train_dataset, own, self.args.per_device_train_batch_size, self.data_collator)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """As in `Trainer`, under hard routing; its skip ratio is among the metrics."""

@@ -26,6 +26,7 @@ from ...processing_roe import RoeLlavaProcessor
 from ...training.data import ChatCollator
 from ...training.objective import Objective
 from ...training.schedule import StageSchedule
+from ...training.settle import Settled, settle
 from ...training.teacher import RouteTeacher, TaughtObjective, TaughtSchedule, Teaching
 from ...training.trainer import RoeTrainer
 from .asking import ask
@@ -113,6 +114,14 @@ def train(model, processor, how: Recipe, args, folder: Path, routes: torch.Tenso
     )
     trainer.train()
     return trainer.state.log_history
+
+
+def settle_on_held_out(model, processor, target: float, per_family: int = 100) -> Settled | None:
+    """Bring the realised skip ratio to the target, on validation questions asked as a user asks them: one at a time."""
+    collate = ChatCollator(processor, messages)
+    batches = [collate(family_examples(family, per_family, "validation")) for family in FAMILIES]
+    model.eval()
+    return settle(model, batches, target)
 
 
 def evaluate(model, processor, per_family: int, split: str, routes: dict | torch.Tensor | None = None) -> dict:
@@ -255,6 +264,7 @@ def run(args: argparse.Namespace) -> None:
         base = evaluate(model, processor, args.per_family, "test", keep_all)
         how = recipe(args.target_skip_ratio, args.seed)
         minutes = train(model, processor, how, args, Path(folder))[-1]["train_runtime"] / 60
+        settled = settle_on_held_out(model, processor, args.target_skip_ratio)
         roe = evaluate(model, processor, args.per_family, "test")
         results = {"base": base, "roe": roe, "controls": controls(model, processor, args, base, roe), "static_drop": []}
         if not args.no_static:
@@ -262,7 +272,7 @@ def run(args: argparse.Namespace) -> None:
             results["static_drop"].append(static_drop(args, number, Path(folder)))
     for one in (base, roe):
         one["routes"] = route_shares(one.pop("taken"))
-    about = summary(args, minutes, results)
+    about = summary(args, minutes, results) | {"settled": None if settled is None else settled.to_dict()}
     known = describe_base(args.base, base_id="examples/tiny_world/checkpoint/base") if args.base == BASE else args.base
     save_adapter(model, model.config, args.out, base=known, training=about, overwrite=args.overwrite)
     write_json(args.out / "training.json", about)
