@@ -205,7 +205,7 @@ def test_changed_routers_make_a_table_stale(routed):
 def test_changed_routing_options_make_a_table_stale(tmp_path, calibrated, change):
     calibrated.save_pretrained(tmp_path / "model")
     other = RoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "model", **change)
-    with pytest.raises(ValueError, match="routing_positions or routing_question was changed"):
+    with pytest.raises(ValueError, match="routing_positions, routing_question or route_bias was changed"):
         other.generate(**tiny.alone("text_only"), skip_ratio=0.2)
 
 

@@ -31,6 +31,10 @@ REST = ["frozen", "batch-budget", "checkpointed"]  # of FSDP2: slow
 QUICK = [(kind, run) for kind, runs in LAUNCHED.items() for run in runs]
 
 
+# As in test_train_command.py.
+pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")
+
+
 # ------------------------------------------------------------------------------------------------------------- running
 
 

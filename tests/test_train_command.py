@@ -14,6 +14,7 @@ from roe_llava import RoeLlavaForConditionalGeneration, RoeLlavaProcessor
 from roe_llava.cli import main
 from roe_llava.convert.adapter_file import save_adapter
 from roe_llava.convert.graft import graft
+from roe_llava.examples.tiny_world.demo import SHIPPED
 from roe_llava.examples.tiny_world.export import export
 from roe_llava.examples.tiny_world.train_roe import BASE
 from roe_llava.examples.tiny_world.world import TinyWorld
@@ -119,6 +120,23 @@ def test_the_shipped_base_trains_on_exported_tiny_world_data(tmp_path):
     rows = export(TinyWorld("train", 4), tmp_path / "world")
     assert command("frozen", BASE, rows, tmp_path / "out", max_steps=2, searched_routes=24) == 0
     RoeLlavaForConditionalGeneration.from_base(BASE, tmp_path / "out" / "adapter")
+
+
+def test_the_skip_ratio_is_settled_on_the_evaluation_rows_at_the_end(tmp_path, capsys):
+    graft(BASE, SHIPPED / "roe", tmp_path / "roe")
+    rows = export(TinyWorld("train", 120), tmp_path / "world")
+    options = {"max_steps": 2, "adapter_size": None, "target_skip_ratio": 0.2, "eval_share": 0.5}
+    few = {"searched_routes": 24, "searched_examples": 12}
+    assert command("frozen", tmp_path / "roe", rows, tmp_path / "out", **options, **few) == 0
+    about = json.loads((tmp_path / "out" / "adapter" / "roe_adapter.json").read_text())
+    settled, measured = about["training"]["settled"], about["training"]["measured"]
+    assert settled["questions"] == 60 and abs(settled["skip_ratio"] - 0.2) < 0.02
+    assert about["route_bias"][-1] == settled["route_bias"] != 0
+    assert abs(measured["eval_hard_skip_ratio"] - 0.2) < 0.05  # of the last turns, and of those that had no say
+    assert "settled on 60 of the evaluation questions" in capsys.readouterr().out
+    assert command("frozen", tmp_path / "roe", rows, tmp_path / "no", **options, **few, settled_examples=0) == 0
+    about = json.loads((tmp_path / "no" / "adapter" / "roe_adapter.json").read_text())
+    assert about["training"]["settled"] is None and about["route_bias"] is None
 
 
 def test_training_goes_on_from_a_roe_checkpoint(tmp_path, base, data):

@@ -255,6 +255,15 @@ def plan(run: Run) -> list[str]:
     ]
 
 
+def settled_line(run: Run) -> str:
+    rows = "training" if run.data.evaluation is None else "evaluation"
+    found = run.settled
+    return (
+        f"settled on {found.questions} of the {rows} questions: {found.skip_ratio:.1%} skipped with a bias of "
+        f"{found.route_bias:.4g}" + ("" if found.held_out is None else f", {found.held_out:.1%} of those without a say")
+    )
+
+
 def written(run: Run) -> list[str]:
     """Where everything is, in lines."""
     folder, start, result = run.folder, repr(str(run.source.folder)), repr(str(run.folder.result))
@@ -264,7 +273,8 @@ def written(run: Run) -> list[str]:
         use = f"from_base({start}, {result})" if is_stock else f"from_pretrained({start}).load_routing({result})"
     shown = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary(run)["measured"].items()]
     found = None if run.trainer.teacher is None else run.trainer.teacher.describe()
-    lines = [] if found is None else [f"routes {' '.join(found['routes'])}, layer 0 first"]
+    lines = [] if run.settled is None else [settled_line(run)]
+    lines += [] if found is None else [f"routes {' '.join(found['routes'])}, layer 0 first"]
     lines += [", ".join(shown), f"wrote {folder.result} (RoeLlavaForConditionalGeneration.{use})"]
     if folder.report.is_dir():
         lines.append(f"wrote {folder.report / 'report.md'}")
