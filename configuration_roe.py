@@ -12,7 +12,7 @@ from transformers.utils.versions import require_version
 from .calibration_roe import SkipCalibration
 
 # Before the other files are imported, which use names that older versions lack.
-require_version("transformers>=5.23.0", "RoE-LLaVA needs it: pip install -U transformers")
+require_version("transformers>=5.19.0", "RoE-LLaVA needs it: pip install -U transformers")
 
 ROUTING_POSITIONS = ("preceding", "first", "spread")
 ROUTING_QUESTIONS = ("last_turn", "all_text")

@@ -32,6 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from .attention_roe import RoutedAttentionConfig, RoutingAttention, attentions_of_all_rows, take_rows
 from .baked_roe import as_pinned, is_baked
 from .cache_roe import LayerRows, RoeCache, adopt_cache
+from .checkpointing_roe import RoeCheckpointingMixin
 from .compile_roe import RoeCompileMixin, cache_of_layer, is_compiled
 from .configuration_roe import RoeLlavaConfig
 from .generation_roe import check_keywords
@@ -291,22 +292,12 @@ def build_language_model(config: PreTrainedConfig) -> RoeLanguageModel:
     )
 
 
-class RoeLlavaPreTrainedModel(RefusesFlashAttention, LlavaPreTrainedModel):
+class RoeLlavaPreTrainedModel(RoeCheckpointingMixin, RefusesFlashAttention, LlavaPreTrainedModel):
     """What both RoE classes share."""
 
     config: RoeLlavaConfig
     # Decisions are made in float32 whatever the model is loaded in.
     _keep_in_fp32_modules_strict = {"router", "routing_tokens"}
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs):
-        """As in Transformers; also what `gradient_checkpointing_enable` calls.
-
-        Raises: ValueError for `use_reentrant=True`, whose gradients would lack what flows through routing tokens.
-        """
-        settings = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})  # torch's own default is True
-        if settings["use_reentrant"] is not False:
-            raise ValueError("use_reentrant=True loses the gradients of routing tokens: leave it out, or set it False")
-        super().activation_checkpointing_enable(settings, **kwargs)
 
 
 class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):

@@ -315,12 +315,12 @@ def test_fresh_adapters_start_small_whatever_their_width():
 
 OLDER = """
 import importlib.metadata, transformers
-importlib.metadata.version = lambda name: "5.17.0"
+importlib.metadata.version = lambda name: "5.18.0"
 import roe_llava.configuration_roe
 """
 
 
 def test_an_older_transformers_is_refused_with_what_to_do():
     done = subprocess.run([sys.executable, "-c", OLDER], capture_output=True, text=True)
-    assert done.returncode and "transformers>=5.23.0 is required" in done.stderr and "pip install -U" in done.stderr
-    assert "transformers>=5.23,<6" in (Path(__file__).parent.parent / "setup.cfg").read_text()
+    assert done.returncode and "transformers>=5.19.0 is required" in done.stderr and "pip install -U" in done.stderr
+    assert "transformers>=5.19,<6" in (Path(__file__).parent.parent / "setup.cfg").read_text()

@@ -53,7 +53,8 @@ def test_every_method_runs_and_decides_as_it_should(done):
 
 def test_other_seeds_run_what_the_aims_compare():
     names = [run.name for run in all_runs([0, 1], (0.1, 0.3), 7) if run.seed == 1]
-    assert names == ["base-0-seed1", "dense-0-seed1", "search-0.3-seed1", "taught-0.3-seed1", "static-0.285714-seed1"]
+    methods = ("base-0", "dense-0", "search-0.3", "taught-0.3", "static-0.285714", "published-0.3")
+    assert names == [f"{method}-seed1" for method in methods]
 
 
 def test_the_page_and_pictures_are_made_from_the_result(done):
