@@ -14,10 +14,11 @@ TEST_WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1
 
 BIN := .venv/bin
+OLDEST := $(shell sed -n 's/.*transformers>=\([0-9]*\.[0-9]*\),.*/\1/p' setup.cfg)
 # Models come from folders; nothing here should ask the network for one.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: demo bench test test-slow check format readme clean
+.PHONY: demo bench test test-slow test-oldest check format readme clean
 
 demo: .venv/installed  ## graft the shipped parts, answer held-out questions, time, draw; under 5 minutes
 	$(OFFLINE) $(BIN)/roe-llava demo $(DEMO_ARGS)
@@ -31,6 +32,14 @@ test: .venv/installed  ## everything that takes seconds
 test-slow: .venv/installed  ## what trains or takes longer than a minute
 	@# pytest answers 5 when it finds no test; that alone is not a failure here.
 	$(OFFLINE) $(BIN)/python -m pytest -m slow $(TEST_ARGS) || test $$? -eq 5
+
+# What a version of Transformers can break: the model, its loading and code, caches, processor, generation, training.
+OLDEST_TESTS := model loading remote_code cache processor generation golden calibrate settle training trainer contract \
+	from_base report routing_arguments
+test-oldest: .venv/oldest  ## the same on the oldest Transformers that setup.cfg allows
+	PYTHONPATH=.venv/oldest $(BIN)/python -c "import transformers as t; v = t.__version__; print(v); assert v.startswith('$(OLDEST).'), v"
+	PYTHONPATH=.venv/oldest $(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile \
+		$(OLDEST_TESTS:%=tests/test_%.py) $(TEST_ARGS)
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -57,4 +66,10 @@ clean:  ## outputs and caches; .venv stays, as it takes minutes to build
 	$(BIN)/python -m pip install -e ".[test]"
 	@# Without its requirements, which would replace torch; those that our tasks need are in the extras eval and test.
 	$(BIN)/python -m pip install --no-deps "$(LMMS_EVAL)"
+	touch $@
+
+# Beside the newest, which stays what is installed: PYTHONPATH chooses.
+.venv/oldest: .venv/installed
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ "transformers==$(OLDEST).*"
 	touch $@

@@ -26,19 +26,16 @@ from .adapter_roe import (
     RoutingSizes,
     check_finite,
     check_fits,
-    difference,
     expanded,
     is_unread,
     listed,
     read_adapter,
-    record_name,
     routing_shapes,
-    signatures_of,
     split_routing_parts,
-    tensor_kind,
 )
 from .baked_roe import refuse_baked
 from .configuration_roe import BAKED_FIELDS, ROUTING_FIELDS
+from .identity_roe import difference, record_name, signatures_of, tensor_kind
 from .loading_roe import RoeLoadingMixin, source_config
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")

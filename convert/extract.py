@@ -8,8 +8,9 @@ tuned too: into a stock LLaVA folder and an adapter file that belongs to it.
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME, base_record, difference, fingerprint, record_name
+from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME
 from ..configuration_roe import RoeLlavaConfig
+from ..identity_roe import base_record, difference, fingerprint, record_name
 from .arguments import add_common_arguments, common_options
 from .completeness import check_complete
 from .copying import copy_weights_file

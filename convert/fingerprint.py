@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from ..adapter_roe import base_record, fingerprint
+from ..identity_roe import base_record, fingerprint
 from .source import resolve_source
 from .state_dict import canonical_base, split_routing_parts
 from .weights import Checkpoint, StoredTensor, open_checkpoint

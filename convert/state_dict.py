@@ -9,13 +9,12 @@ from ..adapter_roe import (
     RoutingSizes,
     check_fits,
     check_routing_parts,
-    difference,
     listed,
     once_each,
     routing_shapes,
     split_routing_parts,
-    split_signature,
 )
+from ..identity_roe import difference, split_signature
 from .keys import BASE_KEYS, DISK_PREFIX, MEMORY_PREFIX, is_unread, renamed
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ..adapter_roe import BLOCK_SIZE, DTYPE_NAMES, DTYPES, listed, read_json
+from ..adapter_roe import listed, read_json
+from ..identity_roe import BLOCK_SIZE, DTYPE_NAMES, DTYPES
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from ..adapter_roe import ABOUT_NAME, record_name
+from ..adapter_roe import ABOUT_NAME
 from ..convert.folder_files import code_files
 from ..convert.output import current_umask
 from ..convert.source import read_json
+from ..identity_roe import record_name
 from .folder import CARD, ModelFolder, open_folder
 from .metadata import base_on_page, check_card, find_licence, metadata
 from .results import Results, collect

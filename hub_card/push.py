@@ -14,12 +14,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from ..adapter_roe import ABOUT_NAME, AdapterInfo, base_record, difference
+from ..adapter_roe import ABOUT_NAME, AdapterInfo
 from ..convert.fingerprint import base_signatures
 from ..convert.folder_files import code_files, grafted_config
 from ..convert.source import resolve_source
 from ..convert.weights import open_checkpoint
 from ..grafting_roe import base_on_hub
+from ..identity_roe import base_record, difference
 from ..loading_roe import source_config
 from .card import is_unwritten, make_card
 from .checks import check_auto_map, check_code, check_private, check_processor, chosen_files

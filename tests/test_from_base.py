@@ -25,12 +25,13 @@ from torch import nn
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from roe_llava import RoeCache, RoeLlavaForConditionalGeneration, RoeLlavaProcessor
-from roe_llava.adapter_roe import BLOCK_SIZE, fingerprint, read_adapter, tensor_signature
+from roe_llava.adapter_roe import read_adapter
 from roe_llava.convert.adapter_file import save_adapter
 from roe_llava.convert.extract import extract
 from roe_llava.convert.fingerprint import describe_base
 from roe_llava.convert.graft import graft
 from roe_llava.grafting_roe import loaded_base_tensors, signatures_of
+from roe_llava.identity_roe import BLOCK_SIZE, fingerprint, tensor_signature
 from roe_llava.loading_roe import is_roe_parameter
 
 pytestmark = pytest.mark.usefixtures("no_gradients")

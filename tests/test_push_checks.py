@@ -129,7 +129,7 @@ def test_what_is_left_out_is_not_sent(folder):
     put("checkpoint-10/optimizer.pt")(folder)
     put("notes.pt")(folder)
     plan = plan_push(folder, "me/model", leave_out=["checkpoint-*", "*.pt"])
-    assert not [name for name in plan.files if "checkpoint" in name or name.endswith(".pt")]
+    assert not [name for name in plan.files if "checkpoint-" in name or name.endswith(".pt")]
 
 
 def test_old_code_is_replaced_when_asked(folder):
