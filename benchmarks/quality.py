@@ -38,7 +38,7 @@ from ..training.objective import Objective
 from ..training.route_search import RoutePool, price_of
 from ..training.route_values import Reading, expected_losses
 from ..training.schedule import StageSchedule
-from ..training.teacher import RouteTeacher, Teaching, measured
+from ..training.teacher import RouteTeacher, Teaching
 from .environment import command_line, describe_machine, git_commit
 from .quality_report import draw_all, page, summarise
 from .report import check_out
@@ -121,15 +121,13 @@ def search(args, run: Run) -> dict:
     batches = [collate(part) for part in examples.values()]
     teacher = RouteTeacher(run.target, Teaching(searched_routes=args.searched_routes), run.seed)
     teacher.search(model, batches)
-    full = torch.ones(model.config.text_config.num_hidden_layers, dtype=torch.bool)
-    features = torch.cat([measured(model, batch, full, teacher.teaching.max_loss)[1] for batch in batches])
     groups = torch.arange(len(FAMILIES)).repeat_interleave(number)
     return {
         "minutes": log[-1]["train_runtime"] / 60,
         "explained": teacher.explained,
         "routes": teacher.pool.routes.int().tolist(),
         "mean_losses": teacher.pool.losses.mean(dim=0).tolist(),
-        "headroom": [headroom(teacher.pool, features, groups, target) for target in args.targets],
+        "headroom": [headroom(teacher.pool, teacher.features, groups, target) for target in args.targets],
     }
 
 

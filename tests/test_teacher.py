@@ -281,8 +281,20 @@ def test_losses_are_those_of_every_turns_answer():
     logits[0, 2, 3] = 5.0  # turn 1's answer is predicted, turn 2's is not
     segments = torch.tensor([[0, 1, 1, -1, 2, 2, -1, -1]])
     labels = torch.tensor([[-100, -100, -100, 3, -100, -100, 1, 2]])
-    losses = turn_losses(logits, labels, segments, 3)
+    losses, is_answered = turn_losses(logits, labels, segments, 3)
+    assert is_answered.tolist() == [[True, True, False]]
     assert losses[0, 0] < 0.05 and losses[0, 1].item() == pytest.approx(1.3863, abs=1e-3) and losses[0, 2] == 0
+
+
+def test_a_turn_without_an_answer_to_learn_is_not_measured_and_runs_every_layer():
+    model, batch = tiny.tiny_model().train(), labelled_batch()
+    teacher = RouteTeacher(0.3, Teaching(searched_routes=24))
+    teacher.search(model, [batch])
+    batch["labels"][1] = -100
+    losses, features, counted = measured(model, batch, torch.ones(4, dtype=torch.bool), max_loss=3.0)
+    assert counted.flatten().tolist() == [True, False, True, True] and len(losses) == len(features) == 3
+    before = teacher.questions
+    assert teacher.teach(model, batch)[1].all() and teacher.questions == before + 3
 
 
 def test_the_hook_is_gone_afterwards():

@@ -143,7 +143,8 @@ class RouteTeacher:
         self.target_skip_ratio, self.teaching, self.seed = target_skip_ratio, teaching or Teaching(), seed
         self.routes: Tensor | None = None  # (M, L)
         self.explained, self.batches, self.questions, self.unfitted = 0.0, 0, 0, 0
-        self.pool: RoutePool | None = None  # what the search measured; not kept in checkpoints
+        self.pool: RoutePool | None = None  # what the search measured, and the features of its questions, (N, 2 D);
+        self.features: Tensor | None = None  # neither is kept in checkpoints
 
     @property
     def is_ready(self) -> bool:
@@ -165,9 +166,9 @@ class RouteTeacher:
             return gathered(torch.cat(rows))
 
         num_layers = model.config.text_config.num_hidden_layers
-        features = along(torch.ones(num_layers, dtype=torch.bool), 1)
-        reading = Reading.of(features)
-        read = reading(features)
+        self.features = along(torch.ones(num_layers, dtype=torch.bool), 1)
+        reading = Reading.of(self.features)
+        read = reading(self.features)
         routed = [number for number, layer in enumerate(model.model.language_model.layers) if layer.router is not None]
         size, most = self.teaching.searched_routes, most_skipped(self.target_skip_ratio, num_layers)
         with tqdm(total=size, desc="searching routes", leave=False, disable=quiet) as bar:
@@ -203,7 +204,7 @@ class RouteTeacher:
         chosen = self._measured_now()
         losses = torch.zeros(0)
         for number in chosen.nonzero().flatten().tolist():
-            loss, features, exists = measured(model, inputs, self.routes[number], self.teaching.max_loss)
+            loss, features, counted = measured(model, inputs, self.routes[number], self.teaching.max_loss)
             losses = torch.zeros(len(loss), len(self.routes)) if not len(losses) else losses
             losses[:, number] = loss
         read = self.reading(features)
@@ -214,8 +215,8 @@ class RouteTeacher:
         if self.unfitted >= self.teaching.refit_every:
             self.values.fit()
             self.unfitted = 0
-        given = torch.ones(*exists.shape, self.routes.shape[1], dtype=torch.bool)
-        given[exists.cpu()] = self.routes[self.values.choose(read)]
+        given = torch.ones(*counted.shape, self.routes.shape[1], dtype=torch.bool)  # where nothing is learned, all run
+        given[counted.cpu()] = self.routes[self.values.choose(read)]
         return given
 
     def see(self, outputs) -> None:
@@ -287,7 +288,8 @@ def measured(model, inputs: dict, route: Tensor, max_loss: float) -> tuple[Tenso
         inputs: with labels and routing_segments; untouched.
         route: (L,) bool.
         max_loss: losses above count as this.
-    Returns: losses (N,) and features (N, 2 D) of the turns that exist, and which those are, (B, T) bool.
+    Returns: losses (N,) and features (N, 2 D) of the turns that have an answer to learn, and which those are, (B, T)
+        bool.
     """
     inputs = dict(inputs)
     labels, segments = inputs.pop("labels"), inputs["routing_segments"]
@@ -299,12 +301,13 @@ def measured(model, inputs: dict, route: Tensor, max_loss: float) -> tuple[Tenso
     finally:
         model.train(was_training)
     features, exists = question_features(states[0], segments.to(states[0].device))
-    losses = turn_losses(logits, labels, segments, exists.shape[1]).clamp(max=max_loss)
-    return losses[exists.to(losses.device)].cpu(), features[exists].cpu(), exists
+    losses, is_answered = turn_losses(logits, labels, segments, exists.shape[1])
+    counted = exists & is_answered.to(exists.device)
+    return losses.clamp(max=max_loss)[counted.to(losses.device)].cpu(), features[counted].cpu(), counted
 
 
-def turn_losses(logits: Tensor, labels: Tensor, segments: Tensor, num_turns: int) -> Tensor:
-    """(B, T) mean cross entropy of every turn's answer in nats; 0 where a turn has no labelled token.
+def turn_losses(logits: Tensor, labels: Tensor, segments: Tensor, num_turns: int) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy of every turn's answer in nats, (B, T), and which turns have a labelled token, (B, T) bool.
 
     Args:
         logits: (B, S, V).
@@ -317,7 +320,7 @@ def turn_losses(logits: Tensor, labels: Tensor, segments: Tensor, num_turns: int
     zeros = losses.new_zeros(len(labels), num_turns + 1)
     total = zeros.index_put((rows, turns), losses, accumulate=True)
     count = zeros.index_put((rows, turns), torch.ones_like(losses), accumulate=True)
-    return (total / count.clamp(min=1))[:, 1:]
+    return (total / count.clamp(min=1))[:, 1:], count[:, 1:] > 0
 
 
 @contextlib.contextmanager

@@ -122,6 +122,8 @@ class RoeTrainer(Trainer):
             let_ddp_find_unused(kwargs["args"])
         super().__init__(model=model, **kwargs)
         check_arguments(self.args)
+        if teacher is not None and self.train_dataset is not None:
+            self.search_indices()  # a search that cannot be is known before the first step
         self.chosen_optimizer()
         if self.args.max_steps > 0:  # else it is checked when the number of steps is known
             self.rate_factor(self.args.max_steps)
@@ -237,18 +239,26 @@ class RoeTrainer(Trainer):
         at_least_one = self.routing_callback.at_least_one
         self.model.model.routing_phase = RoutingPhase("given", routes=routes, at_least_one=at_least_one)
 
-    def search_batches(self) -> list[dict]:
-        """This process's part of the examples that routes are searched on, spread evenly over the training data.
+    def search_indices(self) -> list[int]:
+        """Which examples routes are searched on: spread evenly over the training data.
 
-        Raises: ValueError for a dataset without a length.
+        Raises: ValueError for a dataset without a length, or fewer examples than processes.
         """
         if not has_length(self.train_dataset):
             raise ValueError("routes are searched on examples spread over the data: the dataset needs a length")
         size, number = len(self.train_dataset), self.teacher.teaching.searched_examples
         indices = spread_over(size, number)
+        if len(indices) < self.accelerator.num_processes:
+            raise ValueError(
+                f"{len(indices)} examples to search routes on are fewer than the {self.accelerator.num_processes} "
+                "processes: take more searched_examples, or more data"
+            )
+        return indices
+
+    def search_batches(self) -> list[dict]:
+        """This process's part of `search_indices`, in batches."""
+        indices = self.search_indices()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        if len(indices) < ranks:
-            raise ValueError(f"{len(indices)} examples to search routes on are fewer than the {ranks} processes")
         share = len(indices) // ranks  # the same number of batches for all: sharded weights are gathered together
         own = indices[rank * share : (rank + 1) * share]
         return batches_of(self.train_dataset, own, self.args.per_device_train_batch_size, self.data_collator)
