@@ -167,4 +167,6 @@ def test_the_command_writes_card_and_picture_and_overwrites_nothing_unasked(tmp_
 def test_a_card_that_cannot_be_written_leaves_nothing(tmp_path, saved):
     with pytest.raises(ValueError, match="is no folder"):
         write_card(saved, tmp_path / "nowhere" / "card.md")
+    with pytest.raises(ValueError, match="is a folder, expected the file to write"):
+        write_card(saved, tmp_path, overwrite=True)
     assert not [*tmp_path.iterdir()]
