@@ -285,6 +285,27 @@ def test_a_quantised_model_goes_to_the_hub_by_push_to_hub_alone(author, hub, shi
     assert "me/4" not in hub.repos
 
 
+BAKED = """
+    import torch
+    from roe_llava import RoeLlavaForConditionalGeneration as Roe, RoeLlavaProcessor
+    from roe_llava.convert.bake import bake
+
+    bake("one", "frozen", route="101", drop_adapters="never")
+    model = Roe.from_pretrained("frozen")
+    model.push_to_hub("me/frozen")
+    RoeLlavaProcessor.from_pretrained("frozen").push_to_hub("me/frozen")
+    tensors, others = model.state_dict(), Roe.from_pretrained("me/frozen").state_dict()
+    assert tensors.keys() == others.keys() and all(torch.equal(one, others[name]) for name, one in tensors.items())
+"""
+
+
+def test_a_baked_model_goes_to_the_hub_by_push_to_hub_alone(author, hub):
+    done = author.ask(script=textwrap.dedent(BAKED))
+    assert done.code == 0, done.wrong
+    assert "frozen is baked (skipped_layers [1])" in author.refused("frozen me/4")
+    assert "me/4" not in hub.repos
+
+
 # ------------------------------------------------------------------------------------------------------ adapter alone
 
 ADAPTER = """
