@@ -237,9 +237,10 @@ def listed_hashes(text: str) -> dict[str, str]:
 
 
 def data_text(folder: ModelFolder, training: dict, known: str | None) -> str:
-    """What it was trained on, from the record of the run beside the folder, or from the summary."""
+    """What it was trained on, from the summary, or, of one that does not name it, the record beside the folder."""
     record = folder.path.parent / "run.json"
     data = (read_json(record).get("data") or {}) if record.is_file() else {}
+    data = {"data": training["data"]} if isinstance(training.get("data"), str) else data
     number = training.get("examples")
     if number is None and {"steps", "batch_size"} <= training.keys():
         number = training["steps"] * training["batch_size"]
@@ -260,6 +261,8 @@ def recipe_text(training: dict, source: str) -> str:
     """The summary of the training as a table of its plain entries, sections opened one level."""
     entries = []
     for name, value in training.items():
+        if name == "data":  # above the table
+            continue
         if name in ("routing", "training", "versions", "learning_rates") and isinstance(value, dict):
             entries += [(f"{name}.{part}", one) for part, one in value.items()]
         else:

@@ -74,6 +74,15 @@ def test_a_card_says_what_its_run_recorded(run_folder):
     assert 'repo_id = "me/adapter"' in text and "![Which decoder layers run](routes.png)" in text
 
 
+def test_a_summary_that_names_the_data_needs_no_record_beside_it(tmp_path, saved):
+    folder = shutil.copytree(saved, tmp_path / "alone")
+    base = {"id": "base", "revision": None, "fingerprint": None}
+    provenance = {"base": base, "training": {"data": "chats.json", "examples": 12}}
+    change_json(folder / "config.json", roe_provenance=provenance)
+    text = card_of(folder).text
+    assert "`chats.json`: 12 examples. Its licence is not known to this card." in text and "| data |" not in text
+
+
 def test_a_tuned_base_is_said_to_be_tuned(tmp_path, saved):
     folder = shutil.copytree(saved, tmp_path / "tuned")
     provenance = {"base": {"id": "base", "revision": None, "fingerprint": None}, "training": {"train_base": "lora"}}
