@@ -54,8 +54,9 @@ class RoeHubMixin:
             raise ValueError(
                 f"{lost} of the model's tensors would not be in {repo_id}: was it saved with a part of its state_dict?"
             )
-        parts = split_routing_parts(names)[1]
-        if absent := sorted(routing_shapes(RoutingSizes.of_config(self.config)).keys() - parts.keys()):
+        is_baked = self.config.skipped_layers is not None  # its routers and routing tokens are gone for good
+        expected = () if is_baked else routing_shapes(RoutingSizes.of_config(self.config)).keys()
+        if absent := sorted(set(expected) - split_routing_parts(names)[1].keys()):
             raise ValueError(f"{listed(absent)} would not be in {repo_id}: was it saved with a part of its state_dict?")
         if not (folder / "model.safetensors").is_file():
             check_not_hidden(repo_id, kwargs.get("revision"), kwargs.get("token"))

@@ -3,7 +3,7 @@
 B batch, S sequence.
 """
 
-from transformers import BatchFeature, LlavaProcessor
+from transformers import BatchFeature, LlavaConfig, LlavaProcessor
 
 CONTEXT, UNREAD = 0, -1
 ANSWER = -2  # while segments are worked out; unread, like padding, once labels are made
@@ -53,6 +53,16 @@ class RoeLlavaProcessor(LlavaProcessor):
             ]
         data = {name: value for name, value in data.items() if extras.get(name, True)}
         return BatchFeature(data, tensor_type=tensor_type, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, sub_processor_type, source, subfolder="", **kwargs):
+        """The tokenizer that LLaVA's own processor would load from there."""
+        # AutoTokenizer (5.23) reads a LLaVA's tokenizer.json as it is, whatever tokenizer_config.json says. For a
+        # type it does not know it takes that class, and LlamaTokenizer sets its own blanks: not the base's tokens.
+        # Without a config it would also ask whether the folder's code is trusted, though this class needs none of it.
+        return super()._load_tokenizer_from_pretrained(
+            sub_processor_type, source, subfolder=subfolder, **(kwargs | {"config": LlavaConfig()})
+        )
 
     @property
     def model_input_names(self) -> list[str]:

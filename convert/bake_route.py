@@ -226,7 +226,7 @@ def choose_route(asked: str | int | Route, measured: Measured | None, routed: Se
         how = f"the most common of {len(counts)} routes, taken by {counts[route]} of {measured.number} questions"
         return check_route(route, routed, f"the most common route ({counts[route]} of {measured.number})"), how
     if not 0 < asked <= len(routed):
-        raise ValueError(f"route {asked}: the number of layers to skip must lie in [1, {len(routed)}], which can be")
+        raise ValueError(f"route {asked}: the number of layers to skip must lie in [1, {len(routed)}]")
     with adapters_left_out(measured.model, no_adapters):
         route = greedy_route(measured, asked, routed)
     return check_route(route, routed, f"a route of {asked} skipped layers"), (

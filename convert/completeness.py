@@ -40,6 +40,7 @@ def check_complete(tensors: dict[str, StoredTensor], config: dict, folder: Path)
         folder: where they come from, for messages.
     Raises: ValueError naming file, tensor, what was found and what was expected; or two names of one tensor.
     """
+    check_not_quantised(config, folder)
     with blamed_on(folder / "config.json"):
         expected, tied = expected_shapes(config)
     base, parts = split_routing_parts(tensors)
@@ -63,6 +64,18 @@ def check_complete(tensors: dict[str, StoredTensor], config: dict, folder: Path)
                 "its config: do config and weights belong together?"
             )
         check_dtype(tensor)
+
+
+def check_not_quantised(config: dict, folder: Path) -> None:
+    """Raises: ValueError if weights were quantised: what is stored then are not the model's own tensors."""
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise ValueError(
+            f"{folder} holds quantised weights (quantization_config in config.json: {method}), expected 16 or 32 bits: "
+            "give the checkpoint they were made from. To the Hub a quantised model goes with model.push_to_hub and "
+            "processor.push_to_hub"
+        )
 
 
 def original_name(name: str) -> str:

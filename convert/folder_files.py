@@ -5,6 +5,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import configuration_roe, modeling_roe_llava, processing_roe
@@ -134,6 +135,26 @@ def processor_defaults(config: dict) -> dict:
     }
 
 
+def tokenizer_config(folder: Path) -> dict | None:
+    """A base's tokenizer_config.json that names the class its tokenizer is read with.
+
+    Of a LLaVA, AutoTokenizer (5.23) reads tokenizer.json as it is, whatever class is named; of a type it does not know
+    it takes the named one, and LlamaTokenizer splits the same text into other tokens.
+
+    Returns: `None` if it names that class already, or there is no tokenizer.json.
+    Raises: ValueError if the tokenizer does not load.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or not (folder / "tokenizer.json").is_file():
+        return None
+    content = read_json(path)
+    if content.get("tokenizer_class") is None or "auto_map" in content:
+        return None
+    with blamed_on(folder / "tokenizer.json"):
+        read_with = type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).__name__
+    return None if content["tokenizer_class"] == read_with else content | {"tokenizer_class": read_with}
+
+
 @dataclass
 class Companions:
     """Files of a base that a grafted folder needs beside weights, config and code.
@@ -142,12 +163,14 @@ class Companions:
         base: the base's folder.
         copied: files to copy.
         processor: processor_config.json to write; `None` to leave the base's.
+        tokenizer: tokenizer_config.json to write; `None` to leave the base's.
         dropped: what is left behind, name to reason.
     """
 
     base: Path
     copied: list[Path]
     processor: dict | None
+    tokenizer: dict | None
     dropped: dict[str, str]
 
 
@@ -173,7 +196,7 @@ def find_companions(base: Path, config: dict, used: Container[str]) -> Companion
             continue
         is_weights = path.name.endswith(WEIGHT_SUFFIXES)
         dropped[path.name] = "weights in a second format" if is_weights else "belongs to the base alone"
-    return Companions(base, sorted(copied), processor, dropped)
+    return Companions(base, sorted(copied), processor, tokenizer_config(base), dropped)
 
 
 def write_companions(companions: Companions, folder: Path) -> None:
@@ -184,6 +207,8 @@ def write_companions(companions: Companions, folder: Path) -> None:
         shutil.copyfile(path, copy)
     if companions.processor is not None:
         write_json(folder / "processor_config.json", companions.processor)
+    if companions.tokenizer is not None:
+        write_json(folder / "tokenizer_config.json", companions.tokenizer)
 
 
 def code_files() -> dict[str, Path]:

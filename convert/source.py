@@ -54,9 +54,22 @@ def download(repo_id: str, revision: str | None) -> Source:
         if not any(folder.glob("*.safetensors")):  # never both formats: one is as large as the other
             folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*COMPANIONS, "*.bin"]))
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{repo_id} is no folder here and cannot be had from the Hub: {reason}") from error
+        where = f"{repo_id} (revision {revision})" if revision else repo_id
+        raise ValueError(f"{where} is no folder here and cannot be had from the Hub: {reason_of(error)}") from error
     return Source(folder, repo_id, folder.name)
+
+
+def reason_of(error: OSError) -> str:
+    """Why a download failed, in a line."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    kinds = {  # a gated repository is one that was not found, to huggingface_hub
+        GatedRepoError: "it is gated; ask for access on its page, and log in (hf auth login)",
+        RepositoryNotFoundError: "there is no such repository, or the token at hand may not read it",
+        RevisionNotFoundError: "the repository has no such branch, tag or commit",
+    }
+    known = next((reason for kind, reason in kinds.items() if isinstance(error, kind)), None)
+    return known or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -9,9 +9,18 @@ MODEL_TYPE = "roe_llava"
 def checkpoint_type(pretrained: str, revision: str | None = None) -> str:
     """`model_type` of a folder or Hub id, read without running its code.
 
-    Raises: OSError if there is no config; ValueError if it names no type.
+    Raises: ValueError if there is no config, or it names no type.
     """
-    content, _ = PreTrainedConfig.get_config_dict(pretrained, revision=revision)
+    where = f"{pretrained} (revision {revision})" if revision else pretrained
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(pretrained, revision=revision)
+    except OSError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{where} is no folder with a config.json, and cannot be had from the Hub: {reason}"
+        ) from error
+    if not content:  # of what is neither a folder nor owner/name
+        raise ValueError(f"{where} is no folder with a config.json, and no Hub id (owner/name) either")
     if "model_type" not in content:
         raise ValueError(f"config.json of {pretrained} has no model_type: is it a Transformers checkpoint?")
     return content["model_type"]

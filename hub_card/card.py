@@ -7,7 +7,8 @@ import ast
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ TEMPLATE = Path(__file__).with_name("template.md")
 PICTURE = "routes.png"
 UNKNOWN = "not known"
 NOT_MEASURED = "not measured"
+NO_REPO = "OWNER/NAME"  # in the code of a card that was made before it was known where it goes
 EMPTY = "[More Information Needed]"  # what Transformers' own card is full of
 
 SNIPPET = """\
@@ -71,6 +73,7 @@ def make_card(
     results: Sequence[str | Path] = (),
     licence: str | None = None,
     picture: str = PICTURE,
+    code: Mapping[str, Path] | None = None,
 ) -> Card:
     """The card of a folder.
 
@@ -81,6 +84,7 @@ def make_card(
         results: result files, those that `results.py` names; training.json in the folder is read anyway.
         licence: of the weights, where neither a file nor the base's card says it.
         picture: name of the route map as the card links it.
+        code: name to place of the code files that go along; the folder's own if not given.
     Raises: ValueError if a result file is none, or the metadata would not be valid.
     """
     training = folder.info.training or {}
@@ -98,7 +102,7 @@ def make_card(
         loading=loading(folder),
         snippet=snippet(folder, repo_id, revision),
         budget=budget(folder),
-        code=code_table(folder),
+        code=code_table(folder, code),
         data=data_text(folder, training, found.data),
         recipe=recipe_text(training, source),
         accuracy="\n\n".join(found.accuracy) or f"Accuracy: {NOT_MEASURED}.",
@@ -191,7 +195,7 @@ def snippet(folder: ModelFolder, repo_id: str | None, revision: str | None) -> s
     own = "repo_id, **options"
     base = f'"{base_on_page(folder) or "BASE"}", revision="{folder.base.get("revision")}"'
     branch = f', revision="{revision}"' if revision else ""
-    return SNIPPET.format(repo_id=repo_id or "OWNER/NAME", branch=branch, processor=own if has_processor else base)
+    return SNIPPET.format(repo_id=repo_id or NO_REPO, branch=branch, processor=own if has_processor else base)
 
 
 def budget(folder: ModelFolder) -> str:
@@ -206,24 +210,38 @@ def budget(folder: ModelFolder) -> str:
     )
 
 
-def code_table(folder: ModelFolder) -> list[tuple[str, str, str]]:
-    """(name, hash, first sentence of its docstring) of every file of the code, the folder's own where it has them."""
+def code_table(folder: ModelFolder, code: Mapping[str, Path] | None = None) -> list[tuple[str, str, str]]:
+    """(name, hash, first sentence of its docstring) of every file of the code.
+
+    Args:
+        code: name to place of the files; the folder's own if not given, the installed ones where it has none.
+    """
     rows = []
     for name, installed in code_files().items():
-        path = folder.path / name
+        path = (code or {}).get(name, folder.path / name)
         content = (path if path.is_file() else installed).read_bytes()
         text = (ast.get_docstring(ast.parse(content)) or "").partition("\n\n")[0].replace("\n", " ")
-        rows.append((name, hashlib.sha256(content).hexdigest()[:16], text.replace("|", "/")))
+        rows.append((name, code_hash(content), text.replace("|", "/")))
     return rows
+
+
+def code_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def listed_hashes(text: str) -> dict[str, str]:
+    """Name to hash of the code files that a card lists."""
+    return dict(re.findall(r"^\| `(\w+\.py)` \| `([0-9a-f]{16})` \|", text, flags=re.MULTILINE))
 
 
 # ----------------------------------------------------------------------------------------------------------- training
 
 
 def data_text(folder: ModelFolder, training: dict, known: str | None) -> str:
-    """What it was trained on, from the record of the run beside the folder, or from the summary."""
+    """What it was trained on, from the summary, or, of one that does not name it, the record beside the folder."""
     record = folder.path.parent / "run.json"
     data = (read_json(record).get("data") or {}) if record.is_file() else {}
+    data = {"data": training["data"]} if isinstance(training.get("data"), str) else data
     number = training.get("examples")
     if number is None and {"steps", "batch_size"} <= training.keys():
         number = training["steps"] * training["batch_size"]
@@ -244,6 +262,8 @@ def recipe_text(training: dict, source: str) -> str:
     """The summary of the training as a table of its plain entries, sections opened one level."""
     entries = []
     for name, value in training.items():
+        if name == "data":  # above the table
+            continue
         if name in ("routing", "training", "versions", "learning_rates") and isinstance(value, dict):
             entries += [(f"{name}.{part}", one) for part, one in value.items()]
         else:
@@ -333,6 +353,8 @@ def write_card(
     out = opened.path / CARD if out is None else Path(out)
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is no folder: create it first")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder, expected the file to write: {out / CARD}?")
     if out.exists() and not overwrite and not is_unwritten(out.read_text(encoding="utf-8")):
         raise ValueError(f"{out} is there already: give another --out, or replace it (--overwrite)")
     card = make_card(opened, **options)

@@ -1,10 +1,11 @@
 """Whether a folder may go to the Hub as it is, and which of its files do."""
 
+import json
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from transformers import AutoProcessor
+from transformers import AutoProcessor, ProcessorMixin
 
 from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME, listed
 from ..configuration_roe import RoeLlavaConfig
@@ -91,16 +92,16 @@ def check_auto_map(folder: ModelFolder) -> None:
 # ---------------------------------------------------------------------------------------------------------- processor
 
 
-def check_processor(folder: ModelFolder) -> bool:
+def check_processor(folder: ModelFolder) -> ProcessorMixin | None:
     """Check that a folder's processor loads and knows the model's image token.
 
-    Returns: whether there is one; an adapter may do with its base's.
+    Returns: the processor; `None` if there is none, since an adapter may do with its base's.
     Raises: ValueError if a whole model has none, or it does not load.
     """
     path = folder.path / "processor_config.json"
     if not path.is_file():
         if folder.is_adapter:
-            return False
+            return None
         raise ValueError(
             f"{folder.path} has no processor_config.json, so nobody could ask the model anything: "
             "processor.save_pretrained into it first"
@@ -110,7 +111,7 @@ def check_processor(folder: ModelFolder) -> bool:
         cls = RoeLlavaProcessor if is_ours else AutoProcessor
         processor = cls.from_pretrained(folder.path, trust_remote_code=False)  # the class at hand, not the folder's
     if folder.is_adapter:
-        return True
+        return processor
     found = processor.tokenizer.get_vocab().get(processor.image_token)
     expected = RoeLlavaConfig.from_dict(folder.config).image_token_id
     if found != expected:
@@ -118,10 +119,20 @@ def check_processor(folder: ModelFolder) -> bool:
             f"the tokenizer in {folder.path} gives the image token {processor.image_token!r} the id {found}, the model "
             f"expects {expected} (image_token_index in config.json): do processor and weights belong together?"
         )
-    return True
+    return processor
 
 
 # -------------------------------------------------------------------------------------------------------------- texts
+
+
+def check_readable(files: dict[str, Path | bytes]) -> None:
+    """Raises: ValueError naming a JSON file that was cut, or is none."""
+    for name, source in files.items():
+        if name.endswith(".json") and isinstance(source, Path):
+            try:
+                json.loads(source.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{source} is not readable JSON: {error}; was it cut?") from error
 
 
 def check_private(files: dict[str, Path | bytes]) -> None:
@@ -132,4 +143,4 @@ def check_private(files: dict[str, Path | bytes]) -> None:
             check_text(name, content.decode("utf-8", errors="replace"))
 
 
-__all__ = ["check_auto_map", "check_code", "check_private", "check_processor", "chosen_files"]
+__all__ = ["check_auto_map", "check_code", "check_private", "check_processor", "check_readable", "chosen_files"]

@@ -65,6 +65,11 @@ def open_folder(path: str | Path) -> ModelFolder:
             f"{RoeLlavaConfig.model_type!r}: a model without routing parts needs no code of ours, and goes to the Hub "
             "with `hf upload`"
         )
+    if config.get("skipped_layers") is not None:
+        raise ValueError(
+            f"{path} is baked (skipped_layers {config['skipped_layers']}): card and push know models that route. "
+            "model.push_to_hub and processor.push_to_hub send it"
+        )
     parts = open_routing_parts(Source(path, path.resolve().name))
     check_complete(parts.checkpoint.tensors, config, path)
     return ModelFolder(path, config, parts.info, parts.tensors, parts.checkpoint)

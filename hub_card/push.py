@@ -22,8 +22,8 @@ from ..convert.weights import open_checkpoint
 from ..grafting_roe import base_on_hub
 from ..identity_roe import base_record, difference
 from ..loading_roe import source_config
-from .card import is_unwritten, make_card
-from .checks import check_auto_map, check_code, check_private, check_processor, chosen_files
+from .card import NO_REPO, code_hash, is_unwritten, listed_hashes, make_card
+from .checks import check_auto_map, check_code, check_private, check_processor, check_readable, chosen_files
 from .folder import CARD, ModelFolder, open_folder
 from .metadata import TransportError, check_card
 
@@ -98,7 +98,9 @@ def plan_push(
     if opened.is_adapter or update_code:
         files |= code_files()
     check_code(files, opened.path)
-    check_processor(opened)
+    check_readable(files)
+    if (processor := check_processor(opened)) is not None and processor.chat_template is None:
+        plan.notes.append("there is no chat template: prompts have to be written by hand, unlike in the card's code")
     add_card(plan)
     check_private(files)
     plan.files = dict(sorted(files.items()))
@@ -171,19 +173,34 @@ def as_json(content: dict) -> bytes:
 def add_card(plan: Push) -> None:
     """Make a card where a folder has none, or the empty one that Transformers makes; else check the one that is there.
 
-    Raises: ValueError if its metadata is not valid.
+    Raises: ValueError if its metadata is not valid, or it lists other code than is sent.
     """
     path = plan.folder.path / CARD
-    if CARD in plan.files and not is_unwritten(path.read_text(encoding="utf-8")):
-        check_card(path.read_text(encoding="utf-8"), path)
+    if CARD in plan.files and not is_unwritten(text := path.read_text(encoding="utf-8")):
+        check_card(text, path)
+        check_hashes(plan, text)
+        if f'"{NO_REPO}"' in text:
+            plan.files[CARD] = text.replace(f'"{NO_REPO}"', f'"{plan.repo_id}"').encode()
+            plan.notes.append(f"{CARD} names {plan.repo_id} where it had {NO_REPO}")
         return
     branch = None if plan.branch == "main" else plan.branch
-    card = make_card(plan.folder, repo_id=plan.repo_id, revision=branch)
+    code = {name: one for name, one in plan.files.items() if name.endswith(".py")}
+    card = make_card(plan.folder, repo_id=plan.repo_id, revision=branch, code=code)
     plan.files[CARD] = card.text.encode()
     plan.files |= card.pictures
     plan.notes.append(
         f"{CARD} made from what the folder knows; roe-llava card adds results that were measured elsewhere"
     )
+
+
+def check_hashes(plan: Push, card: str) -> None:
+    """Raises: ValueError naming code files of which a card lists another hash than is sent."""
+    sent = {name: code_hash(one.read_bytes()) for name, one in plan.files.items() if name.endswith(".py")}
+    if old := [name for name, listed in listed_hashes(card).items() if sent.get(name) != listed]:
+        raise ValueError(
+            f"{plan.folder.path / CARD} lists other hashes than those of {', '.join(old)}, which are sent: was the "
+            "code changed after the card was made? Delete it, or make it anew (roe-llava card FOLDER --overwrite)"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- send
@@ -273,7 +290,7 @@ def run(args) -> None:
         return
     commit = push(plan, private=args.private, message=args.message)
     print(plan, f"pushed to {plan.repo_id}, branch {plan.branch}, commit {commit}", sep="\n")
-    print(f'  from_pretrained("{plan.repo_id}", trust_remote_code=True, revision="{commit}")')
+    print(f'  AutoModel.from_pretrained("{plan.repo_id}", trust_remote_code=True, revision="{commit}")')
 
 
 __all__ = ["Push", "plan_push", "push"]

@@ -11,10 +11,12 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 from ..convert.source import read_json
+from ..evaluation.comparison import ROUTING
 from ..examples.tiny_world.readme_table import accuracy_table, comparison, routes_sentence, timing_table
 from ..examples.tiny_world.report import percent
 
 TASK = "image-text-to-text"
+UNCOUNTED = "not known"
 
 
 @dataclass
@@ -155,20 +157,46 @@ def add_bench(results: Results, bench: dict, source: str) -> None:
 
 
 def add_lmms_eval(results: Results, content: dict, source: str) -> None:
-    """lmms-eval's results file: a row per task and metric."""
-    lines = ["| task | metric | value | standard error |", "|---|---|---:|---:|"]
+    """lmms-eval's results file: a row per task and metric. A run that kept every layer is no score of this model."""
+    how, is_dense = run_of(content)
+    lines = ["| task | examples | metric | value | standard error |", "|---|---:|---|---:|---:|"]
     for task, values in content["results"].items():
+        number, title = examples_of(content, task), values.get("alias", task).strip(" -")
         for name, value in values.items():
-            metric, _, filtered = name.partition(",")
+            metric, _, kind = name.partition(",")
             if not isinstance(value, int | float) or isinstance(value, bool) or "," not in name or "_stderr" in metric:
                 continue
-            error = values.get(f"{metric}_stderr,{filtered}")
+            error = values.get(f"{metric}_stderr,{kind}")
             error = f"{error:.4f}" if isinstance(error, int | float) else "-"
-            lines.append(f"| {task} | {metric} | {value:.4f} | {error} |")
-            results.scores.append(score((task, values.get("alias", task).strip(" -")), metric, metric, value, source))
-    model = content.get("model_name") or content.get("model_name_sanitized") or "a model that the file does not name"
-    lines += ["", f"lmms-eval, {Path(str(model)).name} (`{source}`)."]
-    results.accuracy.append("\n".join(lines))
+            lines.append(f"| {task} | {number or UNCOUNTED} | {metric} | {value:.4f} | {error} |")
+            if is_dense or (kind == ROUTING and metric != "skip_ratio"):
+                continue
+            where = f"{title}, {number} examples" if number else title
+            results.scores.append(score((task, where), metric, metric, value, source))
+            if kind == ROUTING:
+                results.skips.append((value, f"{where}, `{source}`"))
+    results.accuracy.append("\n".join([*lines, "", f"lmms-eval, {how} (`{source}`)."]))
+
+
+def run_of(content: dict) -> tuple[str, bool]:
+    """(model and how its routes were chosen, whether every layer was kept), as far as lmms-eval's file says it."""
+    given = (content.get("config") or {}).get("model_args")
+    given = given if isinstance(given, dict) else {}  # plain lmms-eval writes the words of its command line
+    model = content.get("model_name") or content.get("model_name_sanitized") or given.get("pretrained")
+    asked = [f"{name} {given[name]}" for name in ("skip_ratio", "route_bias") if given.get(name) is not None]
+    if given.get("dense"):
+        asked = ["every layer kept, for comparison"]
+    name = Path(str(model)).name if model else "a model that the file does not name"
+    return ", ".join([name, *asked]), bool(given.get("dense"))
+
+
+def examples_of(content: dict, task: str) -> str | None:
+    """How many examples of a task were asked, of how many: "9000", "20 of 800"; `None` if that is not known."""
+    counts = (content.get("n-samples") or {}).get(task) or {}
+    asked, all_of_them = counts.get("effective"), counts.get("original")
+    if asked is None:
+        return None
+    return str(asked) if all_of_them in (None, asked) else f"{asked} of {all_of_them}"
 
 
 # Entries that a file has to have, to what reads it; the first that fits does.

@@ -4,18 +4,23 @@ Registers our classes with the Auto classes and by name where the server looks n
 route per request, and hands the arguments on. Answers take the routes that `generate` takes; requests run one by one.
 """
 
+import argparse
+
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers.models.auto import modeling_auto
 
 from ..configuration_roe import RoeLlavaConfig
+from ..evaluation.loading import MODEL_TYPE, checkpoint_type
+from ..generation_roe import bias_for_skip_ratio
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from ..processing_roe import RoeLlavaProcessor
 
 USAGE = """\
-usage: roe-llava serve CHECKPOINT [--debug] [options of transformers serve]
+usage: roe-llava serve CHECKPOINT [--debug] [--skip-ratio R] [options of transformers serve]
 
-CHECKPOINT is a folder or Hub id; its code is not run, the installed package's is. These are the options of transformers
-serve; --continuous-batching and --compile are refused.
+CHECKPOINT is a folder or Hub id; its code is not run, the installed package's is. --skip-ratio R has every request skip
+that share of the layers on average (0.0: none), of a model that roe-llava calibrate has measured. These are the options
+of transformers serve; --continuous-batching and --compile are refused.
 """
 REFUSED = {
     "--continuous-batching": (
@@ -25,11 +30,33 @@ REFUSED = {
 }
 
 
-def register() -> None:
+def model_class(skip_ratio: float | None) -> type[RoeLlavaForConditionalGeneration]:
+    """The class that answers: ours, or one whose every generation has this skip ratio.
+
+    It raises ValueError when a model is opened that is not calibrated for it.
+    """
+    if skip_ratio is None:
+        return RoeLlavaForConditionalGeneration
+
+    class Served(RoeLlavaForConditionalGeneration):
+        @classmethod
+        def from_pretrained(cls, *args, **kwargs):
+            model = super().from_pretrained(*args, **kwargs)
+            bias_for_skip_ratio(model, skip_ratio, None, None)  # now, not at the first request
+            return model
+
+        def generate(self, *args, **kwargs):
+            return super().generate(*args, skip_ratio=skip_ratio, **kwargs)
+
+    Served.__name__ = RoeLlavaForConditionalGeneration.__name__  # Transformers knows classes by it
+    return Served
+
+
+def register(skip_ratio: float | None = None) -> None:
     """Make our type one that Transformers knows: no code of a checkpoint runs, and nobody is asked to trust it."""
     AutoConfig.register(RoeLlavaConfig.model_type, RoeLlavaConfig, exist_ok=True)
     for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        auto_class.register(RoeLlavaConfig, RoeLlavaForConditionalGeneration, exist_ok=True)
+        auto_class.register(RoeLlavaConfig, model_class(skip_ratio), exist_ok=True)
     AutoProcessor.register(RoeLlavaConfig, RoeLlavaProcessor, exist_ok=True)
     # The server (5.23) looks in this table for the model type when it loads, and for the class's name when it reads
     # messages.
@@ -45,6 +72,25 @@ def check_words(words: list[str]) -> None:
             raise ValueError(f"{name} is not supported: {REFUSED[name]}")
 
 
+def take_skip_ratio(words: list[str]) -> tuple[float | None, list[str]]:
+    """The wanted skip ratio and the other words.
+
+    Raises: SystemExit if it is no number.
+    """
+    parser = argparse.ArgumentParser(prog="roe-llava serve", add_help=False, allow_abbrev=False)
+    parser.add_argument("--skip-ratio", "--skip_ratio", type=float, metavar="R")
+    asked, others = parser.parse_known_args(words)
+    return asked.skip_ratio, others
+
+
+def check_routed(words: list[str]) -> None:
+    """Raises: ValueError if the first word is no RoE checkpoint, which alone can be asked for a skip ratio."""
+    if not words or words[0].startswith("-"):
+        raise ValueError("--skip-ratio is for one checkpoint: name it before the options, serve CHECKPOINT ...")
+    if (found := checkpoint_type(words[0])) != MODEL_TYPE:
+        raise ValueError(f"--skip-ratio: {words[0]} is a {found!r} checkpoint, not {MODEL_TYPE!r}: nothing is skipped")
+
+
 def check_installed() -> None:
     """Raises: ValueError if the server's requirements are missing."""
     from transformers.utils.import_utils import is_serve_available
@@ -57,21 +103,25 @@ def run(args) -> int:
     """The command; `args.rest` are the words for `transformers serve`.
 
     Returns: exit status.
-    Raises: SystemExit after help; ValueError for options that routes do not survive, and for missing requirements;
-        KeyboardInterrupt when stopped from the keyboard.
+    Raises: SystemExit after help, and for a skip ratio that is no number; ValueError for options that routes do not
+        survive, for a skip ratio that the checkpoint cannot keep, and for missing requirements; KeyboardInterrupt when
+        stopped from the keyboard.
     """
-    check_words(args.rest)
-    wants_help = bool({"--help", "-h"} & set(args.rest))
+    skip_ratio, words = take_skip_ratio(args.rest)
+    check_words(words)
+    wants_help = bool({"--help", "-h"} & set(words))
     if wants_help:
         print(USAGE)
     else:
         check_installed()
-        register()
+        if skip_ratio is not None:
+            check_routed(words)
+        register(skip_ratio)
     import click
     from transformers.cli.transformers import app
 
     try:
-        status = app(["serve", *args.rest], prog_name="roe-llava", standalone_mode=False)
+        status = app(["serve", *words], prog_name="roe-llava", standalone_mode=False)
     except click.exceptions.Abort:
         raise KeyboardInterrupt from None
     except click.exceptions.Exit as stop:

@@ -74,6 +74,15 @@ def test_a_card_says_what_its_run_recorded(run_folder):
     assert 'repo_id = "me/adapter"' in text and "![Which decoder layers run](routes.png)" in text
 
 
+def test_a_summary_that_names_the_data_needs_no_record_beside_it(tmp_path, saved):
+    folder = shutil.copytree(saved, tmp_path / "alone")
+    base = {"id": "base", "revision": None, "fingerprint": None}
+    provenance = {"base": base, "training": {"data": "chats.json", "examples": 12}}
+    change_json(folder / "config.json", roe_provenance=provenance)
+    text = card_of(folder).text
+    assert "`chats.json`: 12 examples. Its licence is not known to this card." in text and "| data |" not in text
+
+
 def test_a_tuned_base_is_said_to_be_tuned(tmp_path, saved):
     folder = shutil.copytree(saved, tmp_path / "tuned")
     provenance = {"base": {"id": "base", "revision": None, "fingerprint": None}, "training": {"train_base": "lora"}}
@@ -123,9 +132,36 @@ def test_results_of_lmms_eval_become_a_table_and_scores(tmp_path, saved):
     content = {"results": {"pope": values}, "configs": {"pope": {}}, "model_name": "/home/me/out/model"}
     (tmp_path / "pope.json").write_text(json.dumps(content))
     text = card_of(saved, results=[tmp_path / "pope.json"]).text
-    assert "| pope | pope_accuracy | 0.8654 | 0.0123 |" in text and "/home/me" not in text
+    assert "| pope | not known | pope_accuracy | 0.8654 | 0.0123 |" in text and "/home/me" not in text
     (score,) = ModelCard(text).data.eval_results
     assert (score.dataset_name, score.metric_value) == ("pope", 0.8654)
+
+
+def lmms_results(**model_args):
+    """As `roe-llava evaluate --limit 20` writes them."""
+    values = {"alias": "pope", "pope_accuracy,none": 0.9, "skip_ratio,routing": 0.25, "seconds,routing": 1.5}
+    return {
+        "results": {"pope": values},
+        "configs": {"pope": {}},
+        "n-samples": {"pope": {"original": 9000, "effective": 20}},
+        "config": {"model_args": {"pretrained": "/home/me/out/model"} | model_args},
+    }
+
+
+def test_a_part_of_a_benchmark_is_not_shown_as_all_of_it(tmp_path, saved):
+    (tmp_path / "routed.json").write_text(json.dumps(lmms_results(skip_ratio=0.3)))
+    text = card_of(saved, results=[tmp_path / "routed.json"]).text
+    assert "| pope | 20 of 9000 | pope_accuracy | 0.9000 | - |" in text and "lmms-eval, model, skip_ratio 0.3" in text
+    assert "| realised skip | 25.0% (pope, 20 of 9000 examples, `routed.json`) |" in text
+    scores = {score.metric_type: score.dataset_name for score in ModelCard(text).data.eval_results}
+    assert scores == dict.fromkeys(("pope_accuracy", "skip_ratio"), "pope, 20 of 9000 examples")
+
+
+def test_scores_with_every_layer_kept_are_not_the_models_own(tmp_path, saved):
+    (tmp_path / "dense.json").write_text(json.dumps(lmms_results(dense=True)))
+    text = card_of(saved, results=[tmp_path / "dense.json"]).text
+    assert "lmms-eval, model, every layer kept, for comparison (`dense.json`)" in text
+    assert not ModelCard(text).data.eval_results and "| realised skip | not measured |" in text
 
 
 def test_a_file_that_holds_no_result_is_refused(saved):
@@ -167,4 +203,6 @@ def test_the_command_writes_card_and_picture_and_overwrites_nothing_unasked(tmp_
 def test_a_card_that_cannot_be_written_leaves_nothing(tmp_path, saved):
     with pytest.raises(ValueError, match="is no folder"):
         write_card(saved, tmp_path / "nowhere" / "card.md")
+    with pytest.raises(ValueError, match="is a folder, expected the file to write"):
+        write_card(saved, tmp_path, overwrite=True)
     assert not [*tmp_path.iterdir()]

@@ -215,6 +215,11 @@ def test_a_stock_checkpoint_is_refused(capsys, tmp_path):
     assert "it has no routers and would run dense" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_not_there_is_named(capsys, tmp_path):
+    assert main(["evaluate", "nowhere", "--tasks", TASK, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "nowhere is no folder with a config.json" in capsys.readouterr().err
+
+
 def test_a_stock_checkpoint_runs_where_dense_is_asked_for(shipped_roe):
     documents = mixed_documents()
     base = RoeLlavaHarness(str(SHIPPED / "base"), dense=True, batch_size=2, **OPTIONS)

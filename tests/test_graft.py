@@ -18,10 +18,11 @@ from convert_helpers import (
     weights_of,
 )
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from roe_llava import RoeLlavaForConditionalGeneration, RoeLlavaProcessor
+from roe_llava import RoeLlavaConfig, RoeLlavaForConditionalGeneration, RoeLlavaProcessor
 from roe_llava.convert.adapter_file import save_adapter
 from roe_llava.convert.fingerprint import describe_base
 from roe_llava.convert.graft import graft
@@ -185,6 +186,37 @@ def test_old_processor_files_are_completed(tmp_path, base_copy, adapter):
     processor = RoeLlavaProcessor.from_pretrained(tmp_path / "out")
     assert (processor.patch_size, processor.vision_feature_select_strategy) == (14, "default")
     assert (tiny_inputs(processor)["input_ids"] == 4).sum() == 8
+
+
+def put_llama_tokenizer(folder):
+    """A tokenizer as llava-hf folders have it: `LlamaTokenizer` by name, with blanks as tokenizer.json sets them."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "▁", "<0x0A>", *"USER:what"]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(words[:5])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | special))
+
+
+def test_a_prompt_has_the_tokens_that_the_base_gives_it(tmp_path, base_copy, adapter):
+    put_llama_tokenizer(base_copy)
+    out = tmp_path / "out"
+    graft(base_copy, adapter, out)
+    prompt = "USER: <image>\nwhat"
+    expected = AutoProcessor.from_pretrained(base_copy).tokenizer.tokenize(prompt)
+    assert expected[-7:] == ["<image>", "▁", "<0x0A>", *"what"]  # LlamaTokenizer has no blank after the image
+    assert AutoTokenizer.from_pretrained(out, config=RoeLlavaConfig()).tokenize(prompt) == expected
+    shutil.copyfile(base_copy / "tokenizer_config.json", out / "tokenizer_config.json")  # as older versions did
+    assert RoeLlavaProcessor.from_pretrained(out).tokenizer.tokenize(prompt) == expected
+
+
+def test_our_processor_asks_nobody_to_trust_a_folders_code(tmp_path, base, adapter, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "n")
+    graft(base, adapter, tmp_path / "out")
+    RoeLlavaProcessor.from_pretrained(tmp_path / "out")
+    assert not asked
 
 
 def test_base_without_a_processor_is_grafted_and_says_so(tmp_path, adapter):

@@ -60,8 +60,14 @@ def test_another_revision_of_the_base_is_refused(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("someone/nothing", "someone/adapter"), "someone/nothing is no folder here"),
-        (("someone/base", "someone/adapter", "--revision", "v9"), "someone/base is no folder here"),
+        (
+            ("someone/nothing", "someone/adapter"),
+            "someone/nothing is no folder here and cannot be had from the Hub: there is no such repository",
+        ),
+        (
+            ("someone/base", "someone/adapter", "--revision", "v9"),
+            "someone/base (revision v9) is no folder here and cannot be had from the Hub: the repository has no such",
+        ),
     ],
 )
 def test_missing_repositories_and_revisions_are_named(run, arguments, message):

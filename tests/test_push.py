@@ -252,6 +252,60 @@ def test_push_to_hub_of_model_and_processor_gives_a_repository_that_opens(author
     reader(ANSWERS, "me/direct one")
 
 
+FOUR_BITS = """
+    import sys
+    import torch
+    from transformers import BitsAndBytesConfig
+    from roe_llava import RoeLlavaForConditionalGeneration as Roe, RoeLlavaProcessor
+
+    whole = ["lm_head", r"model\\.vision_tower", r"model\\.multi_modal_projector"]  # narrower than 4-bit kernels take
+    bits = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=whole)
+    model = Roe.from_pretrained(SHIPPED, quantization_config=bits)
+    processor = RoeLlavaProcessor.from_pretrained(SHIPPED)
+    model.save_pretrained("four")
+    processor.save_pretrained("four")
+    model.push_to_hub("me/four")
+    processor.push_to_hub("me/four")
+    again = Roe.from_pretrained("me/four")
+    assert type(again.model.language_model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    tensors, others = model.state_dict(), again.state_dict()
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(one, others[name]) for name, one in tensors.items() if isinstance(one, torch.Tensor))
+    RoeLlavaProcessor.from_pretrained("me/four")
+"""
+
+
+def test_a_quantised_model_goes_to_the_hub_by_push_to_hub_alone(author, hub, shipped_roe):
+    pytest.importorskip("bitsandbytes")
+    done = author.ask(script=textwrap.dedent(FOUR_BITS).replace("SHIPPED", repr(str(shipped_roe))))
+    assert done.code == 0, done.wrong
+    assert "four holds quantised weights (quantization_config in config.json: bitsandbytes)" in author.refused(
+        "four me/4"
+    )
+    assert "me/4" not in hub.repos
+
+
+BAKED = """
+    import torch
+    from roe_llava import RoeLlavaForConditionalGeneration as Roe, RoeLlavaProcessor
+    from roe_llava.convert.bake import bake
+
+    bake("one", "frozen", route="101", drop_adapters="never")
+    model = Roe.from_pretrained("frozen")
+    model.push_to_hub("me/frozen")
+    RoeLlavaProcessor.from_pretrained("frozen").push_to_hub("me/frozen")
+    tensors, others = model.state_dict(), Roe.from_pretrained("me/frozen").state_dict()
+    assert tensors.keys() == others.keys() and all(torch.equal(one, others[name]) for name, one in tensors.items())
+"""
+
+
+def test_a_baked_model_goes_to_the_hub_by_push_to_hub_alone(author, hub):
+    done = author.ask(script=textwrap.dedent(BAKED))
+    assert done.code == 0, done.wrong
+    assert "frozen is baked (skipped_layers [1])" in author.refused("frozen me/4")
+    assert "me/4" not in hub.repos
+
+
 # ------------------------------------------------------------------------------------------------------ adapter alone
 
 ADAPTER = """

@@ -1,5 +1,6 @@
 """What `roe-llava push` refuses before anything is sent; all of it without a Hub."""
 
+import hashlib
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from roe_llava import RoeLlavaProcessor
 from roe_llava.cli import main
 from roe_llava.convert.folder_files import code_files
 from roe_llava.convert.graft import graft
+from roe_llava.hub_card.card import listed_hashes, write_card
 from roe_llava.hub_card.push import plan_push
 from roe_llava.hub_roe import check_text, local_paths
 
@@ -78,6 +80,12 @@ DAMAGES = {
     ),
     "no processor": (lambda folder: (folder / "processor_config.json").unlink(), r"no processor_config\.json"),
     "processor damaged": (put("processor_config.json", "{"), r"processor_config\.json is not readable JSON"),
+    "tokenizer cut": (put("tokenizer.json", '{"version": '), r"/tokenizer\.json is not readable JSON"),
+    "settings cut": (put("generation_config.json", '{"bos'), r"generation_config\.json is not readable JSON"),
+    "quantised": (
+        lambda folder: change_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"}),
+        r"holds quantised weights \(.*bitsandbytes\).*model\.push_to_hub",
+    ),
     "tokenizer damaged": (put("tokenizer.json", "{}"), r"processor_config\.json does not hold what Transformers needs"),
     "path of the data": (
         training_on("/home/me/data/llava.json"),
@@ -139,6 +147,30 @@ def test_old_code_is_replaced_when_asked(folder):
     assert {name: plan.files[name].read_bytes() for name in code_files()} == {
         name: path.read_bytes() for name, path in code_files().items()
     }
+
+
+def test_a_card_lists_the_code_that_is_sent(folder):
+    put("routing_roe.py", '"""Old."""')(folder)
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in code_files().items()}
+    made = plan_push(folder, "me/model", update_code=True).files["README.md"]
+    assert listed_hashes(made.decode()) == hashes
+    write_card(folder)  # with the folder's own, old code
+    with pytest.raises(ValueError, match=r"README\.md lists other hashes than those of routing_roe\.py"):
+        plan_push(folder, "me/model", update_code=True)
+
+
+def test_a_card_that_was_made_before_its_place_was_known_names_it(folder):
+    write_card(folder)
+    plan = plan_push(folder, "me/model")
+    card = (folder / "README.md").read_text()
+    assert 'repo_id = "OWNER/NAME"' in card and "README.md names me/model" in str(plan)
+    assert plan.files["README.md"].decode() == card.replace("OWNER/NAME", "me/model")
+
+
+def test_a_processor_without_a_chat_template_is_mentioned(folder):
+    assert "chat template" not in str(plan_push(folder, "me/model"))
+    (folder / "chat_template.jinja").unlink()
+    assert "there is no chat template" in str(plan_push(folder, "me/model"))
 
 
 def test_a_card_that_somebody_wrote_is_sent_as_it_is_and_an_empty_one_replaced(folder):

@@ -1,6 +1,7 @@
 """`roe-llava serve`: `transformers serve` answers about pictures along the routes that `generate` takes."""
 
 import base64
+import functools
 import io
 import os
 import signal
@@ -18,7 +19,9 @@ import roe_llava
 from roe_llava import RoeLlavaForConditionalGeneration, RoeLlavaProcessor
 from roe_llava.cli import main
 from roe_llava.examples.tiny_world import asking
+from roe_llava.examples.tiny_world.demo import SHIPPED
 from roe_llava.examples.tiny_world.evaluate import family_examples
+from roe_llava.serving.serve import model_class
 
 openai = pytest.importorskip("openai", reason="pip install roe-llava[serve] (make test does)")
 
@@ -131,6 +134,40 @@ def test_what_routes_do_not_survive_is_refused(word, capsys):
     assert "is not supported" in capsys.readouterr().err
 
 
+def test_a_skip_ratio_holds_for_every_answer(shipped_roe, examples):
+    served = model_class(0.5).from_pretrained(shipped_roe, dtype=torch.float32).eval()
+    model = RoeLlavaForConditionalGeneration.from_pretrained(shipped_roe, dtype=torch.float32).eval()
+    processor = RoeLlavaProcessor.from_pretrained(shipped_roe)
+    texts, routes = asking.ask(served, processor, examples)
+    assert not torch.equal(routes, asking.ask(model, processor, examples)[1])
+    model.generate = functools.partial(model.generate, skip_ratio=0.5)
+    expected, own = asking.ask(model, processor, examples)
+    assert texts == expected and torch.equal(routes, own)
+    assert model_class(0.5).__name__ == "RoeLlavaForConditionalGeneration"  # the server looks it up
+    with pytest.raises(ValueError, match=r"skip_ratio=0\.9 is outside of what this model is calibrated for"):
+        model_class(0.9).from_pretrained(shipped_roe)
+
+
+def test_a_skip_ratio_is_taken_from_the_words(shipped_roe, monkeypatch):
+    asked = []
+    monkeypatch.setattr("roe_llava.serving.serve.register", asked.append)  # it would hold for every later test
+    assert main(["serve", str(shipped_roe), "--skip-ratio", "0.25", "--nothing"]) == 2
+    assert asked == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([str(SHIPPED / "base")], "is a 'llava' checkpoint, not 'roe_llava'"),
+        (["--port", "1"], "name it before the options"),
+        (["nowhere"], "nowhere is no folder"),
+    ],
+)
+def test_a_skip_ratio_of_what_does_not_route_is_refused(words, message, capsys):
+    assert main(["serve", *words, "--skip-ratio", "0.3"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_missing_requirements_say_how_to_install_them(monkeypatch, capsys):
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     assert main(["serve", "anything"]) == 2
@@ -138,6 +175,6 @@ def test_missing_requirements_say_how_to_install_them(monkeypatch, capsys):
 
 
 def test_a_wrong_word_ends_with_status_2(capsys, monkeypatch):
-    monkeypatch.setattr("roe_llava.serving.serve.register", lambda: None)  # it would hold for every later test
+    monkeypatch.setattr("roe_llava.serving.serve.register", lambda *_: None)  # it would hold for every later test
     assert main(["serve", "anything", "--nothing"]) == 2
     assert "--nothing" in capsys.readouterr().err

@@ -129,6 +129,7 @@ def test_the_skip_ratio_is_settled_on_the_evaluation_rows_at_the_end(tmp_path, c
     few = {"searched_routes": 24, "searched_examples": 12}
     assert command("frozen", tmp_path / "roe", rows, tmp_path / "out", **options, **few) == 0
     about = json.loads((tmp_path / "out" / "adapter" / "roe_adapter.json").read_text())
+    assert about["training"]["data"] == rows.name  # without the folder it lies in
     settled, measured = about["training"]["settled"], about["training"]["measured"]
     assert settled["questions"] == 60 and abs(settled["skip_ratio"] - 0.2) < 0.02
     assert about["route_bias"][-1] == settled["route_bias"] != 0

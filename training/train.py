@@ -178,6 +178,7 @@ def summary(run: Run) -> dict:
     measured |= {name: found[name] for name in ("eval_loss", "eval_hard_skip_ratio") if name in found}
     kept = ("recipe", "steps", "examples", "routing", "training", "versions")
     return {name: run.record[name] for name in kept} | {
+        "data": Path(run.options.data.data).name,  # where it lies is nobody's business but ours
         "train_base": run.options.model.train_base,
         "target_skip_ratio": run.options.routing.target_skip_ratio,
         "bad_rows": run.data.num_bad,
