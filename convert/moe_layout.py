@@ -1,0 +1,130 @@
+"""Checkpoints in the published MoE-LLaVA layout (DeepSpeed's experts), taken apart, renamed and packed.
+
+E experts, D hidden size, I width of an expert.
+"""
+
+import dataclasses
+import re
+
+from ..configuration_moe_llava import MoeLlavaConfig
+from .keys import ROTARY_BUFFERS, renamed
+from .made_tensors import joined
+from .original_layout import UNUSED_BUFFERS, Layout
+from .state_dict import listed
+from .weights import Checkpoint, StoredTensor
+
+_TEXT = (
+    r"((?:embed_tokens\.weight|(?:norm|final_layernorm)\.(?:weight|bias))"
+    r"|layers\.\d+\.(?:input_layernorm|post_attention_layernorm)\.(?:weight|bias)"
+    r"|layers\.\d+\.self_attn\.(?:[qkvo]_proj|dense|[qk]_layernorm(?:\.norms\.\d+)?)\.(?:weight|bias)"
+    r"|layers\.\d+\.mlp\.(?:gate_proj|up_proj|down_proj|fc1|fc2)\.(?:weight|bias))"
+)
+INSIDE = "model.image_tower.image_tower."
+MOE_LLAVA_KEYS = {
+    rf"model\.{_TEXT}": r"language_model.model.\1",
+    r"lm_head\.weight": r"language_model.lm_head.weight",
+    r"model\.layers\.(\d+)\.mlp\.deepspeed_moe\.gate\.wg\.weight": r"language_model.model.layers.\1.mlp.router.weight",
+    r"model\.mm_projector\.image_spatial_proj\.0\.(weight|bias)": r"multi_modal_projector.linear_1.\1",
+    r"model\.mm_projector\.image_spatial_proj\.2\.(weight|bias)": r"multi_modal_projector.linear_2.\1",
+    rf"{re.escape(INSIDE)}vision_model\.((?!.*\bposition_ids).+)": r"vision_tower.vision_model.\1",
+}
+EXPERT = (
+    r"model\.layers\.(\d+)\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)"
+    r"\.(gate_proj|up_proj|down_proj|fc1|fc2)\.(weight|bias)"
+)
+# What becomes of an expert's matrices: the packed parameter, and which of them its rows are.
+PACKED = {
+    ("gate_proj", "up_proj", "down_proj"): {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+    ("fc1", "fc2"): {"up_proj": ("fc1",), "down_proj": ("fc2",)},
+}
+BUFFERS = {
+    ROTARY_BUFFERS: UNUSED_BUFFERS[ROTARY_BUFFERS],
+    rf"{re.escape(INSIDE)}vision_model\.embeddings\.position_ids": "positions are counted, not stored",
+}
+RESIDUAL = r"model\.layers\.\d+\.mlp\.(?:mlp\..+|coefficient\..+)"
+
+
+def rename_published(checkpoint: Checkpoint, config: MoeLlavaConfig) -> Layout:
+    """Take a checkpoint apart: every tensor is renamed, packed with others, or dropped with a reason.
+
+    Args:
+        config: of the model it becomes; says which layers have how many experts.
+    Raises: ValueError naming a tensor that is unknown, missing or of another shape than its like.
+    """
+    layout, experts = Layout(), {}
+    for file_name, file in checkpoint.files.items():
+        for name in file.tensors:
+            tensor = checkpoint.tensors[name]
+            reason = next((why for pattern, why in BUFFERS.items() if re.fullmatch(pattern, name)), None)
+            if found := re.fullmatch(EXPERT, name):
+                layer, expert, part, kind = found.groups()
+                experts.setdefault(int(layer), {})[int(expert), part, kind] = (file_name, tensor)
+            elif reason is not None:
+                layout.dropped[name] = reason
+            elif new := renamed(name, MOE_LLAVA_KEYS):
+                layout.add(file_name, new, tensor)
+            else:
+                raise ValueError(f"{name} in {tensor.file} {unknown(name)}")
+    if sorted(experts) != config.expert_layers():
+        raise ValueError(
+            f"{checkpoint.folder} has experts in layers {sorted(experts)}, its config.json says moe_layers_idx "
+            f"{config.expert_layers()}: do config and weights belong together?"
+        )
+    for layer, parts in sorted(experts.items()):
+        pack_layer(layout, checkpoint, layer, parts, config.num_experts)
+    return layout
+
+
+def unknown(name: str) -> str:
+    """Why a tensor is not taken over."""
+    if re.fullmatch(RESIDUAL, name):
+        return "belongs to a dense MLP beside the experts (use_residual), which no released MoE-LLaVA has"
+    return (
+        "is no tensor of the published MoE-LLaVA layout (model.layers.*, model.mm_projector.image_spatial_proj.*, "
+        "model.image_tower.*): nothing is left out unseen, so it has to be removed, or the checkpoint is of another "
+        "kind"
+    )
+
+
+def pack_layer(layout: Layout, checkpoint: Checkpoint, layer: int, parts: dict, num_experts: int) -> None:
+    """Pack the experts of a layer, and put the packed tensors where the first of them was.
+
+    Args:
+        parts: (expert, part, "weight" or "bias") to (file name, tensor).
+    Raises: ValueError naming what is missing or does not fit.
+    """
+    found = {part for _, part, _ in parts}
+    forms = [form for form in PACKED if found & set(form)]
+    if len(forms) != 1:
+        raise ValueError(f"experts of layer {layer} in {checkpoint.folder} have {sorted(found)}, expected one of MLPs")
+    kinds = sorted({kind for _, _, kind in parts}, reverse=True)
+    wanted = {(expert, part, kind) for expert in range(num_experts) for part in forms[0] for kind in kinds}
+    prefix = f"model.layers.{layer}.mlp.deepspeed_moe.experts.deepspeed_experts"
+    if wanted != parts.keys():
+        names = [f"{prefix}.{expert}.{part}.{kind}" for expert, part, kind in sorted(wanted ^ parts.keys())]
+        raise ValueError(
+            f"{checkpoint.folder} {'lacks' if wanted - parts.keys() else 'has'} {listed(names)}, expected "
+            f"{num_experts} experts of {len(forms[0])} matrices: was a shard lost, or does num_experts belong to "
+            "another checkpoint?"
+        )
+    for packed, rows in PACKED[forms[0]].items():
+        for kind in kinds:
+            new = f"language_model.model.layers.{layer}.mlp.experts.{packed}{'_bias' if kind == 'bias' else ''}"
+            places = [parts[expert, part, kind] for expert in range(num_experts) for part in rows]
+            layout.files.setdefault(places[0][0], {})[new] = packed_experts(new, [t for _, t in places], num_experts)
+            layout.renamed |= {tensor.name: new for _, tensor in places}
+
+
+def packed_experts(name: str, tensors: list[StoredTensor], num_experts: int) -> StoredTensor:
+    """(E, rows, ...) of every expert's tensors one below the other, expert by expert; still a stream.
+
+    Raises: ValueError if they are not of one dtype and shape.
+    """
+    first = tensors[0]
+    if other := next((tensor for tensor in tensors if tensor.kind != first.kind), None):
+        raise ValueError(
+            f"{other.name} in {other.file} is {other.kind}, {first.name} is {first.kind}: expected one dtype and "
+            "shape, since they become one tensor"
+        )
+    whole = joined(name, tensors)
+    return dataclasses.replace(whole, shape=(num_experts, whole.shape[0] // num_experts, *whole.shape[1:]))
