@@ -117,18 +117,18 @@ class ExpertRouting:
 
     def __init__(self, config: MoeLlavaConfig, training: bool, real: Tensor | None, is_image: Tensor | None):
         self.config, self.training, self.real = config, training, real
-        self._rows = (None, None)
-        if is_image is not None:
-            flat = is_image.flatten()
-            self._rows = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
+        self._is_image, self._rows = None if is_image is None else is_image.flatten(), (None, None)
+        # Counted once per pass. How many there are is not known to a compiled graph: there every token does both.
+        if is_image is not None and not torch.compiler.is_compiling():
+            self._rows = self._is_image.nonzero()[:, 0], (~self._is_image).nonzero()[:, 0]
         num_layers = config.text_config.num_hidden_layers
         # By layer, written and never appended: under gradient checkpointing a layer runs twice.
         self.logits: list[Tensor | None] = [None] * num_layers
         self.choices: list[Choice | None] = [None] * num_layers
 
-    def rows(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Numbers of the image tokens and of the others among N, where a layer is."""
-        return tuple(None if one is None else one.to(device) for one in self._rows)
+    def image_tokens(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(N,) bool, image tokens; int64 numbers of these and of all others, if they were counted. On a layer's device."""
+        return tuple(None if one is None else one.to(device) for one in (self._is_image, *self._rows))
 
     def counted(self, logits: Tensor) -> Tensor:
         """(N,) bool: tokens that enter the loss and take capacity."""

@@ -63,13 +63,14 @@ class MoeBlock(nn.Module):
     def __init__(self, config: MoeLlavaConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
+        self.traced_routing: ExpertRouting | None = None  # set by the layer while it is compiled, and then alone
         self.router = ROUTERS[config.router_type](config)
         self.experts = experts_class(config.text_config)(config.text_config, config.num_experts)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, D) to (B, S, D)."""
-        routing, tokens = current_routing(), hidden_states.flatten(0, 1)
-        logits = self.router(tokens, *routing.rows(tokens.device))
+        routing, tokens = self.traced_routing or current_routing(), hidden_states.flatten(0, 1)
+        logits = self.router(tokens, *routing.image_tokens(tokens.device))
         choice = routing.choose(logits, self.layer_idx)
         return self.experts(tokens, choice.experts, choice.weights).view_as(hidden_states)
 
@@ -87,6 +88,14 @@ class MoeDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, *, expert_routing: ExpertRouting | None = None, **kwargs) -> Tensor:
         """(B, S, D) to (B, S, D)."""
+        if not isinstance(self.mlp, MoeBlock):
+            return super().forward(hidden_states, **kwargs)
+        if torch.compiler.is_compiling():
+            # Dynamo does not know context variables. Threads share an attribute, but a graph is traced once.
+            self.mlp.traced_routing = expert_routing
+            hidden_states = super().forward(hidden_states, **kwargs)
+            self.mlp.traced_routing = None
+            return hidden_states
         with routing_of_layer(expert_routing):
             return super().forward(hidden_states, **kwargs)
 

@@ -26,7 +26,7 @@ class LinearRouter(RouterLinear):
     def __init__(self, config: MoeLlavaConfig):
         super().__init__(config.text_config.hidden_size, config.num_experts, bias=False)
 
-    def forward(self, hidden_states: Tensor, image_rows: Tensor | None, text_rows: Tensor | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, *image_tokens: Tensor | None) -> Tensor:
         """(N, E) float32 logits of (N, D) tokens; what a token stands for is of no account."""
         return super().forward(hidden_states)
 
@@ -67,15 +67,22 @@ class TokenAwareRouter(nn.Module):
         self.image, self.text = Hypernetwork(*sizes), Hypernetwork(*sizes)
         self.score = RouterLinear(config.router_width, config.num_experts, bias=False)
 
-    def forward(self, hidden_states: Tensor, image_rows: Tensor, text_rows: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, is_image: Tensor, image_rows: Tensor | None, text_rows: Tensor | None
+    ) -> Tensor:
         """(N, E) float32 logits of (N, D) tokens.
 
         Args:
-            image_rows, text_rows: int64, which tokens stand for parts of images, and all others.
+            is_image: (N,) bool, tokens that stand for parts of images.
+            image_rows, text_rows: int64, the numbers of these tokens, and of all others; `None` to run both
+                hypernetworks for all tokens, where shapes may not depend on the input.
         """
-        embedding = self.image(hidden_states[image_rows]), self.text(hidden_states[text_rows])
-        order = torch.cat([image_rows, text_rows]).argsort()
-        return self.score(torch.cat(embedding)[order])
+        if image_rows is None:
+            embedding = torch.where(is_image[:, None], self.image(hidden_states), self.text(hidden_states))
+        else:
+            parts = self.image(hidden_states[image_rows]), self.text(hidden_states[text_rows])
+            embedding = torch.cat(parts)[torch.cat([image_rows, text_rows]).argsort()]
+        return self.score(embedding)
 
 
 ROUTERS = {"linear": LinearRouter, "token_aware": TokenAwareRouter}
