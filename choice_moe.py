@@ -127,7 +127,7 @@ class ExpertRouting:
         self.choices: list[Choice | None] = [None] * num_layers
 
     def image_tokens(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(N,) bool, image tokens; int64 numbers of these and of all others, if they were counted. On a layer's device."""
+        """(N,) bool, image tokens; int64 numbers of these and of all others, if counted. On a layer's device."""
         return tuple(None if one is None else one.to(device) for one in (self._is_image, *self._rows))
 
     def counted(self, logits: Tensor) -> Tensor:

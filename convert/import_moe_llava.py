@@ -4,15 +4,13 @@ Every expert keeps its values, packed with the others of its layer. The result o
 and needs neither DeepSpeed nor this package.
 """
 
-import shutil
 from pathlib import Path
 
-from transformers.dynamic_module_utils import get_relative_import_files
-
-from .. import configuration_moe_llava, modeling_moe_llava
+from ..configuration_moe_llava import MoeLlavaConfig
 from .arguments import add_common_arguments, common_options
 from .completeness import check_complete
 from .made_tensors import numbered, stream_files
+from .moe_code import write_moe_code
 from .moe_config import moe_fields, moe_llava_config, notes, published_text_config, read_published_config
 from .moe_layout import INSIDE, rename_published
 from .original_config import DTYPES, check_sizes, llava_config
@@ -33,8 +31,6 @@ from .routing_parts import byte_progress
 from .source import Source, blamed_on, resolve_source
 from .summary import Summary
 from .weights import Checkpoint, StoredTensors, open_checkpoint
-
-MoeLlavaConfig = configuration_moe_llava.MoeLlavaConfig
 
 
 def import_moe_llava(
@@ -130,21 +126,6 @@ def add_tower(layout: Layout, checkpoint: Checkpoint, tower: Tower) -> None:
         layout.drop_buffers(buffers)
         layout.dropped |= dropped
     check_tower_sizes(tower.config, tower.folder, found)
-
-
-def moe_code_files() -> dict[str, Path]:
-    """Name to place of every file of the code that `trust_remote_code=True` loads."""
-    entries = [module.__file__ for module in (configuration_moe_llava, modeling_moe_llava)]
-    needed = {Path(file) for entry in entries for file in [entry, *get_relative_import_files(entry)]}
-    return {path.name: path for path in sorted(needed)}
-
-
-def write_moe_code(folder: Path) -> list[str]:
-    """Copy that code; names of the files."""
-    needed = moe_code_files()
-    for name, path in needed.items():
-        shutil.copyfile(path, folder / name)
-    return [*needed]
 
 
 def add_arguments(parser) -> None:

@@ -71,7 +71,8 @@ def rename_published(checkpoint: Checkpoint, config: MoeLlavaConfig) -> Layout:
             f"{config.expert_layers()}: do config and weights belong together?"
         )
     for layer, parts in sorted(experts.items()):
-        pack_layer(layout, checkpoint, layer, parts, config.num_experts)
+        check_parts(checkpoint, layer, parts, config.num_experts)
+        pack_layer(layout, f"language_model.model.layers.{layer}.mlp.experts.", parts, config.num_experts)
     return layout
 
 
@@ -86,30 +87,51 @@ def unknown(name: str) -> str:
     )
 
 
-def pack_layer(layout: Layout, checkpoint: Checkpoint, layer: int, parts: dict, num_experts: int) -> None:
-    """Pack the experts of a layer, and put the packed tensors where the first of them was.
+def form_of(parts: dict) -> tuple[str, ...]:
+    """Names of the matrices that an expert's tensors are of; empty if they are of no MLP we know, or of two."""
+    found = {part for _, part, _ in parts}
+    forms = [form for form in PACKED if found & set(form)]
+    return forms[0] if len(forms) == 1 else ()
+
+
+def check_parts(checkpoint: Checkpoint, layer: int, parts: dict, num_experts: int) -> None:
+    """Check that the experts of a layer are all there, and no others.
 
     Args:
         parts: (expert, part, "weight" or "bias") to (file name, tensor).
     Raises: ValueError naming what is missing or does not fit.
     """
-    found = {part for _, part, _ in parts}
-    forms = [form for form in PACKED if found & set(form)]
-    if len(forms) != 1:
-        raise ValueError(f"experts of layer {layer} in {checkpoint.folder} have {sorted(found)}, expected one of MLPs")
-    kinds = sorted({kind for _, _, kind in parts}, reverse=True)
-    wanted = {(expert, part, kind) for expert in range(num_experts) for part in forms[0] for kind in kinds}
-    prefix = f"model.layers.{layer}.mlp.deepspeed_moe.experts.deepspeed_experts"
+    form = form_of(parts)
+    if not form:
+        found = sorted({part for _, part, _ in parts})
+        raise ValueError(
+            f"experts of layer {layer} in {checkpoint.folder} are made of {found}, expected one of {list(PACKED)}: "
+            "were two checkpoints saved into one folder?"
+        )
+    kinds = {kind for _, _, kind in parts}
+    wanted = {(expert, part, kind) for expert in range(num_experts) for part in form for kind in kinds}
     if wanted != parts.keys():
+        prefix = f"model.layers.{layer}.mlp.deepspeed_moe.experts.deepspeed_experts"
         names = [f"{prefix}.{expert}.{part}.{kind}" for expert, part, kind in sorted(wanted ^ parts.keys())]
         raise ValueError(
             f"{checkpoint.folder} {'lacks' if wanted - parts.keys() else 'has'} {listed(names)}, expected "
-            f"{num_experts} experts of {len(forms[0])} matrices: was a shard lost, or does num_experts belong to "
-            "another checkpoint?"
+            f"{num_experts} experts of {len(form)} matrices: was a shard lost, or does num_experts belong to another "
+            "checkpoint?"
         )
-    for packed, rows in PACKED[forms[0]].items():
-        for kind in kinds:
-            new = f"language_model.model.layers.{layer}.mlp.experts.{packed}{'_bias' if kind == 'bias' else ''}"
+
+
+def pack_layer(layout: Layout, prefix: str, parts: dict, num_experts: int) -> None:
+    """Pack the experts of a layer, and put the packed tensors where the first of them was.
+
+    Args:
+        prefix: of the new names.
+        parts: (expert, part, "weight" or "bias") to (file name, tensor), all there.
+    Raises: ValueError if the experts differ in dtype or shape.
+    """
+    kinds = {kind for _, _, kind in parts}
+    for packed, rows in PACKED[form_of(parts)].items():
+        for kind in sorted(kinds, reverse=True):
+            new = f"{prefix}{packed}{'_bias' if kind == 'bias' else ''}"
             places = [parts[expert, part, kind] for expert in range(num_experts) for part in rows]
             layout.files.setdefault(places[0][0], {})[new] = packed_experts(new, [t for _, t in places], num_experts)
             layout.renamed |= {tensor.name: new for _, tensor in places}
@@ -118,13 +140,15 @@ def pack_layer(layout: Layout, checkpoint: Checkpoint, layer: int, parts: dict, 
 def packed_experts(name: str, tensors: list[StoredTensor], num_experts: int) -> StoredTensor:
     """(E, rows, ...) of every expert's tensors one below the other, expert by expert; still a stream.
 
-    Raises: ValueError if they are not of one dtype and shape.
+    Raises: ValueError if they are not of one dtype, or those of two experts not of one shape.
     """
-    first = tensors[0]
-    if other := next((tensor for tensor in tensors if tensor.kind != first.kind), None):
-        raise ValueError(
-            f"{other.name} in {other.file} is {other.kind}, {first.name} is {first.kind}: expected one dtype and "
-            "shape, since they become one tensor"
-        )
+    per_expert = len(tensors) // num_experts
+    for number, tensor in enumerate(tensors):
+        first = tensors[number % per_expert]
+        if tensor.kind != first.kind:
+            raise ValueError(
+                f"{tensor.name} in {tensor.file} is {tensor.kind}, {first.name} is {first.kind}: expected one dtype "
+                "and shape, since they become one tensor"
+            )
     whole = joined(name, tensors)
     return dataclasses.replace(whole, shape=(num_experts, whole.shape[0] // num_experts, *whole.shape[1:]))
