@@ -1,7 +1,7 @@
 """How a MoE-LLaVA is opened and saved: nothing is left at random in silence, and a folder carries its own code."""
 
-from .hub_roe import check_text
-from .loading_roe import source_config
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 # What opens a saved folder. `AutoModel` gives the generative class, as is usual for remote code.
 AUTO_MAP = {
@@ -13,6 +13,7 @@ AUTO_MAP = {
 
 # Parts of a layer with experts, by the part of a parameter's name they are known by.
 MOE_PARTS = (".mlp.experts.", ".mlp.router.")
+PLACES = ("cache_dir", "revision", "token", "subfolder", "local_files_only", "proxies")
 PARALLEL = ("tp_plan", "tp_size", "distributed_config")
 
 
@@ -23,14 +24,6 @@ class MoeLoadingMixin:
         """As in Transformers; the folder also gets the code that `trust_remote_code=True` loads."""
         self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, **kwargs)
-
-    def push_to_hub(self, *args, **kwargs):
-        """As in Transformers.
-
-        Raises: ValueError if the config holds a local path or a token.
-        """
-        check_text("config.json", self.config.to_json_string())
-        return super().push_to_hub(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, source, *args, output_loading_info=False, allow_untrained=False, **kwargs):
@@ -50,7 +43,9 @@ class MoeLoadingMixin:
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         if [name for name in missing if not (allow_untrained and ".mlp.router." in name)]:
-            raise ValueError(missing_weights_message(source, missing, source_config(source, kwargs)))
+            where = {name: kwargs[name] for name in PLACES if name in kwargs}
+            config = PreTrainedConfig.get_config_dict(source, **where)[0]  # its own, whatever the caller gave
+            raise ValueError(missing_weights_message(source, missing, config))
         return (model, info) if output_loading_info else model
 
 
@@ -74,4 +69,11 @@ def missing_weights_message(source, missing: list[str], config: dict) -> str:
     )
 
 
-__all__ = ["AUTO_MAP", "MoeLoadingMixin", "is_moe_parameter"]
+def register_moe_names(head: type, base: type) -> None:
+    """Tell Transformers how llava-hf checkpoints name LLaVA's weights, which custom classes do not inherit."""
+    for cls, stock in ((head, "llava"), (base, "LlavaModel")):
+        # Overwritten because the Hub loader may execute these files again.
+        register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping(stock), overwrite=True)
+
+
+__all__ = ["AUTO_MAP", "MoeLoadingMixin", "is_moe_parameter", "register_moe_names"]

@@ -32,8 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from .choice_moe import ExpertRouting, current_routing, routing_of_layer
 from .configuration_moe_llava import MoeLlavaConfig
 from .experts_moe import PackedExperts, experts_class
-from .loading_moe import MoeLoadingMixin
-from .loading_roe import register_names
+from .loading_moe import MoeLoadingMixin, register_moe_names
 from .routers_moe import ROUTERS
 
 logger = logging.get_logger(__name__)
@@ -403,7 +402,7 @@ def label_share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | floa
     return num_labels / (num_items.to(labels.device) if isinstance(num_items, Tensor) else num_items)
 
 
-register_names(MoeLlavaForConditionalGeneration, MoeLlavaModel)
+register_moe_names(MoeLlavaForConditionalGeneration, MoeLlavaModel)
 MoeLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = ["MoeLlavaCausalLMOutputWithPast", "MoeLlavaForConditionalGeneration", "MoeLlavaModel"]

@@ -15,7 +15,7 @@ from tiny_moe import (
     moe_config,
     moe_model,
 )
-from transformers import LlavaForConditionalGeneration, StaticCache
+from transformers import LlavaForConditionalGeneration, StaticCache, Trainer, TrainingArguments
 
 from roe_llava import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 from roe_llava.configuration_moe_llava import MOE_FIELDS
@@ -241,6 +241,40 @@ def test_outputs_for_a_trainer_that_evaluates_are_the_stock_ones(llama):
     }
 
 
+class Rows(torch.utils.data.Dataset):
+    """Prompts as their own labels, one row at a time."""
+
+    def __len__(self):
+        return len(THREE)
+
+    def __getitem__(self, index):
+        row = alone(THREE[index])
+        return {name: row[name][0] for name in ("input_ids",)} | {"pixel_values": row.get("pixel_values")}
+
+
+def collate(rows):
+    """One row as a batch."""
+    (row,) = rows
+    made = {"input_ids": row["input_ids"][None], "labels": row["input_ids"][None]}
+    return made | ({} if row["pixel_values"] is None else {"pixel_values": row["pixel_values"]})
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_stock_trainer_trains_and_evaluates(tmp_path, steps):
+    model = moe_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    settings = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_steps": 1, "report_to": []}
+    args = TrainingArguments(tmp_path, **settings, gradient_accumulation_steps=steps, use_cpu=True, save_strategy="no")
+    trainer = Trainer(model, args, data_collator=collate, train_dataset=Rows(), eval_dataset=Rows())
+    trainer.train()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert {"router", "experts"} <= {part for name in moved for part in name.split(".")}
+    # The mean over rows of the token loss alone.
+    model.eval()
+    expected = sum(model(**collate([row])).loss for row in (Rows()[i] for i in range(len(THREE)))) / len(THREE)
+    assert abs(trainer.evaluate()["eval_loss"] - expected.item()) < 1e-4
+
+
 # ---------------------------------------- on disk, in other precisions, on other devices
 
 
@@ -334,6 +368,10 @@ def test_a_quantised_model_answers_and_its_routers_and_experts_stay_whole(bits, 
     agreement = torch.cosine_similarity(model(**inputs).logits.float().flatten(), whole.flatten(), dim=0)
     assert agreement > 0.9, agreement
     assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 5
+    model.save_pretrained(tmp_path / "again")
+    again = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "again", dtype="auto").eval()
+    assert type(again.model.language_model.layers[1].mlp.up_proj).__name__ == kind
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 # ---------------------------------------- named errors

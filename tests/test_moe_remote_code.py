@@ -84,6 +84,18 @@ def test_folders_open_everywhere_without_the_package_and_can_be_saved_again(worl
     assert done.stdout.endswith("opened\n"), done.stderr
 
 
+def test_a_folder_carries_the_files_of_this_model_alone(world):
+    for kind in ("upcycled", "saved"):
+        assert {path.name for path in (world / kind).glob("*.py")} == {
+            "choice_moe.py",
+            "configuration_moe_llava.py",
+            "experts_moe.py",
+            "loading_moe.py",
+            "modeling_moe_llava.py",
+            "routers_moe.py",
+        }
+
+
 def test_a_lost_router_opens_nothing_without_the_package(world):
     lost = world / "lost"
     lost.mkdir()
