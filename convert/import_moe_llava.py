@@ -1,7 +1,7 @@
 """`roe-llava import-moe-llava SRC OUT`: a published MoE-LLaVA checkpoint (DeepSpeed's layout) becomes one of ours.
 
 Every expert keeps its values, packed with the others of its layer. The result opens with `trust_remote_code=True`
-and needs neither DeepSpeed nor this package.
+and needs neither DeepSpeed nor this package. A checkpoint of stage I or II, still dense, becomes a stock LLaVA.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from .arguments import add_common_arguments, common_options
 from .completeness import check_complete
 from .made_tensors import numbered, stream_files
 from .moe_code import write_moe_code
-from .moe_config import moe_fields, moe_llava_config, notes, published_text_config, read_published_config
+from .moe_config import is_dense, moe_fields, moe_llava_config, notes, published_text_config, read_published_config
 from .moe_layout import INSIDE, rename_published
 from .original_config import DTYPES, check_sizes, llava_config
 from .original_import import (
@@ -69,7 +69,8 @@ def import_moe_llava(
         with new_folder(out, overwrite) as folder, byte_progress(num_bytes, "importing") as progress:
             stream_files(plan.files, folder, progress)
             write_companions(plan, folder, routed=False)
-            write_moe_code(folder)
+            if not is_dense(flat):
+                write_moe_code(folder)
     summary = summary_of(plan, out, not dry_run)
     summary.lines |= notes(flat)
     return summary
@@ -87,8 +88,9 @@ def plan_import(source: Source, flat: dict, vision_tower: str | Path | None) -> 
     check_sizes(flat, checkpoint.tensors, path)
     with blamed_on(path):
         text = published_text_config(flat)
-        shape = MoeLlavaConfig.from_dict({"text_config": text.to_dict(), **moe_fields(flat)})
-    layout = rename_published(checkpoint, shape)
+        fields = {} if is_dense(flat) else moe_fields(flat)
+        shape = MoeLlavaConfig.from_dict({"text_config": text.to_dict(), **fields})
+    layout = rename_published(checkpoint, [] if is_dense(flat) else shape.expert_layers(), shape.num_experts)
     tower = find_tower(source, flat, vision_tower, any(name.startswith(INSIDE) for name in checkpoint.tensors))
     add_tower(layout, checkpoint, tower)
     tokenizer = open_tokenizer(source.folder)
@@ -98,9 +100,10 @@ def plan_import(source: Source, flat: dict, vision_tower: str | Path | None) -> 
     check_tied(checkpoint.tensors, text.tie_word_embeddings, path)
     origin = provenance(source, flat, tower, tokens, [])
     with blamed_on(path):
-        llava = llava_config(flat, tower.config, tokens, dtype, origin, text)
-        config = moe_llava_config(llava, moe_fields(flat))
-        MoeLlavaConfig.from_dict(config)
+        config = llava_config(flat, tower.config, tokens, dtype, origin, text)
+        if not is_dense(flat):
+            config = moe_llava_config(config, fields)
+            MoeLlavaConfig.from_dict(config)
     check_complete(layout.all_tensors(), config, source.folder)
     files = {name: StoredTensors(tensors) for name, tensors in layout.files.items()}
     # All published ones were trained on Vicuna's prompt, whatever their decoder, each with its own end token.

@@ -17,6 +17,8 @@ TEXT_TYPES = {
     "moe_llava_qwen1_5": "qwen2",
     "moe_llava_stablelm": "stablelm",
 }
+# Of stages I and II, before there are experts.
+DENSE_TYPES = {name.removeprefix("moe_"): text for name, text in TEXT_TYPES.items()}
 WITHOUT_DECODER = {
     "moe_llava_qwen": "Qwen-1's decoder is not part of Transformers",
     "moe_llava_minicpm": "MiniCPM scales embeddings and residuals, which none of our decoders does",
@@ -34,18 +36,29 @@ def read_published_config(folder: Path) -> dict:
     path = folder / "config.json"
     flat = read_json(path)
     kind = flat.get("model_type")
-    if not isinstance(kind, str) or kind not in TEXT_TYPES:
+    if not isinstance(kind, str) or kind not in TEXT_TYPES | DENSE_TYPES:
         reason = WITHOUT_DECODER.get(kind) if isinstance(kind, str) else None
         raise ValueError(
-            f"{path} has model_type {kind!r}, expected one of {sorted(TEXT_TYPES)}"
-            + (f": {reason}" if reason else "; a dense LLaVA goes through import-llava")
+            f"{path} has model_type {kind!r}, expected one of {sorted(TEXT_TYPES | DENSE_TYPES)}"
+            + (f": {reason}" if reason else "")
+        )
+    if kind in DENSE_TYPES and "mm_image_tower" not in flat:
+        raise ValueError(
+            f"{path} has model_type {kind!r} and no mm_image_tower, which MoE-LLaVA's code writes: is it an original "
+            "LLaVA? That goes through import-llava"
         )
     if missing := [name for name in NEEDED if type(flat.get(name)) is not int or flat[name] < 1]:
         raise ValueError(f"{path} has no number for {listed(missing)}, expected positive integers: is the file whole?")
     for name, reason in unsupported_entries(flat).items():
         raise ValueError(f"{path} has {name} {flat.get(name)!r}, which cannot be imported: {reason}")
-    check_moe(flat.get("moe"), path)
+    if not is_dense(flat):
+        check_moe(flat.get("moe"), path)
     return flat | {"mm_vision_tower": flat.get("mm_image_tower"), "mm_projector_type": flat["image_projector_type"]}
+
+
+def is_dense(flat: dict) -> bool:
+    """Whether a config is that of a model without experts, of stage I or II."""
+    return flat["model_type"] in DENSE_TYPES
 
 
 def unsupported_entries(flat: dict) -> dict[str, str]:
@@ -62,8 +75,8 @@ def check_moe(moe, path: Path) -> None:
     """Raises: ValueError if the block "moe" of a config is not that of a trained MoE-LLaVA."""
     if not isinstance(moe, dict) or moe.get("moe_enable") is not True:
         raise ValueError(
-            f"{path} has moe {moe!r:.80}, expected an object with moe_enable true: this is a dense checkpoint (of "
-            "stage I or II), import it as a LLaVA and give it experts with upcycle"
+            f"{path} has moe {moe!r:.80}, expected an object with moe_enable true: did its training stop before "
+            "it had experts? A dense checkpoint has model_type llava_*"
         )
     if moe.get("use_residual"):
         raise ValueError(
@@ -97,6 +110,8 @@ def moe_fields(flat: dict) -> dict:
 
 def notes(flat: dict) -> dict[str, str]:
     """Where the imported model differs from the published code on purpose, label to text."""
+    if is_dense(flat):
+        return {"experts": "none: a stock LLaVA, which upcycle gives experts"}
     moe, fields = flat["moe"], moe_fields(flat)
     chosen, experts = fields["num_experts_per_tok"], fields["num_experts"]
     lines = {}
@@ -112,7 +127,7 @@ def notes(flat: dict) -> dict[str, str]:
 
 def published_text_config(flat: dict) -> PreTrainedConfig:
     """The language model's configuration in a flat config."""
-    cls = CONFIG_MAPPING[TEXT_TYPES[flat["model_type"]]]
+    cls = CONFIG_MAPPING[(TEXT_TYPES | DENSE_TYPES)[flat["model_type"]]]
     flat = {RENAMED.get(name, name): value for name, value in flat.items()}
     known = {field.name for field in dataclasses.fields(cls)} - GENERIC
     known |= {*ROPE, "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}

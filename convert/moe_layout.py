@@ -6,7 +6,6 @@ E experts, D hidden size, I width of an expert.
 import dataclasses
 import re
 
-from ..configuration_moe_llava import MoeLlavaConfig
 from .keys import ROTARY_BUFFERS, renamed
 from .made_tensors import joined
 from .original_layout import UNUSED_BUFFERS, Layout
@@ -44,11 +43,12 @@ BUFFERS = {
 RESIDUAL = r"model\.layers\.\d+\.mlp\.(?:mlp\..+|coefficient\..+)"
 
 
-def rename_published(checkpoint: Checkpoint, config: MoeLlavaConfig) -> Layout:
+def rename_published(checkpoint: Checkpoint, layers: list[int], num_experts: int) -> Layout:
     """Take a checkpoint apart: every tensor is renamed, packed with others, or dropped with a reason.
 
     Args:
-        config: of the model it becomes; says which layers have how many experts.
+        layers: that have experts; none in a dense checkpoint.
+        num_experts: E.
     Raises: ValueError naming a tensor that is unknown, missing or of another shape than its like.
     """
     layout, experts = Layout(), {}
@@ -65,14 +65,14 @@ def rename_published(checkpoint: Checkpoint, config: MoeLlavaConfig) -> Layout:
                 layout.add(file_name, new, tensor)
             else:
                 raise ValueError(f"{name} in {tensor.file} {unknown(name)}")
-    if sorted(experts) != config.expert_layers():
+    if sorted(experts) != sorted(layers):
         raise ValueError(
             f"{checkpoint.folder} has experts in layers {sorted(experts)}, its config.json says moe_layers_idx "
-            f"{config.expert_layers()}: do config and weights belong together?"
+            f"{sorted(layers)}: do config and weights belong together?"
         )
     for layer, parts in sorted(experts.items()):
-        check_parts(checkpoint, layer, parts, config.num_experts)
-        pack_layer(layout, f"language_model.model.layers.{layer}.mlp.experts.", parts, config.num_experts)
+        check_parts(checkpoint, layer, parts, num_experts)
+        pack_layer(layout, f"language_model.model.layers.{layer}.mlp.experts.", parts, num_experts)
     return layout
 
 

@@ -6,6 +6,8 @@ import functools
 import pytest
 import torch
 from golden_moe_helpers import (
+    FOLDER,
+    IMAGE,
     SETS,
     cases,
     inputs_of,
@@ -15,9 +17,11 @@ from golden_moe_helpers import (
     settings,
     training_inputs,
 )
-from transformers import DynamicCache
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from roe_llava import choice_moe
+from roe_llava import MoeLlavaForConditionalGeneration, choice_moe
+from roe_llava.convert.import_moe_llava import import_moe_llava
+from roe_llava.convert.upcycle import upcycle
 
 # The recording's own rounding is 2e-5 on states and logits, 1e-6 on losses and 2e-6 on gradients.
 CLOSE, CLOSE_WEIGHTS, CLOSE_LOSS = {"rtol": 0, "atol": 5e-5}, {"rtol": 0, "atol": 5e-6}, {"rtol": 2e-6, "atol": 5e-6}
@@ -175,3 +179,27 @@ def test_recorded_settings_drop_first_choices_second_ones_and_both():
     assert kept["A/nodrop"].all() and kept["A/top1_nodrop"].all() and not kept["A/top1_cf1.0"].all()
     pairs = torch.cat([one.flatten(0, 2) for one in kept.values() if one.shape[-1] == 2])
     assert {tuple(pair) for pair in pairs.tolist()} == {(True, True), (True, False), (False, True), (False, False)}
+
+
+def test_a_dense_checkpoint_and_its_conversion_agree(tmp_path):
+    dense_folder = tmp_path / "dense"
+    import_moe_llava(FOLDER / "llama" / "dense_checkpoint", dense_folder)
+    assert not list(dense_folder.glob("*.py"))
+    upcycle(dense_folder, tmp_path / "moe")
+    dense = LlavaForConditionalGeneration.from_pretrained(dense_folder).eval()
+    converted = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "moe").eval()
+    routers = recorded("llama", "converted_routers")
+    assert len(routers) == len(converted.config.expert_layers()) == 3
+    for layer in converted.config.expert_layers():
+        router = converted.model.language_model.layers[layer].mlp.router
+        router.weight.data = routers[f"model.layers.{layer}.mlp.deepspeed_moe.gate.wg.weight"]
+    given = recorded("llama")
+    names = [name.split("/")[0] for name in given if name.endswith("/converted_logits")]
+    assert len(names) == 3
+    for name in names:
+        inputs = inputs_of("llama", name)
+        for model, wanted in ((dense, "dense_logits"), (converted, "converted_logits")):
+            model.config.image_token_index = IMAGE
+            with torch.no_grad():
+                logits = model(**inputs).logits[..., :128]
+            torch.testing.assert_close(logits, given[f"{name}/{wanted}"], **CLOSE)

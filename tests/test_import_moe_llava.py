@@ -118,13 +118,18 @@ def test_the_command_says_what_it_did(tmp_path, published, capsys):
 CONFIG_ERRORS = [
     ({"model_type": "moe_llava_qwen"}, "model_type 'moe_llava_qwen', .*Qwen-1's decoder is not part of Transformers"),
     ({"model_type": "moe_llava_minicpm"}, "model_type 'moe_llava_minicpm', .*MiniCPM scales embeddings"),
-    ({"model_type": "llava_llama"}, "model_type 'llava_llama', expected one of .*; a dense LLaVA goes through"),
+    ({"model_type": "llava_next"}, "model_type 'llava_next', expected one of .*'moe_llava_stablelm'"),
+    (
+        {"model_type": "llava_llama", "mm_image_tower": None},
+        "'llava_llama' and no mm_image_tower.*through import-llava",
+    ),
+    ({"model_type": "llava_llama"}, r"has experts in layers \[0, 2, 4\], its config.json says moe_layers_idx \[\]"),
     ({"image_projector_type": "linear"}, "image_projector_type 'linear', which cannot be imported: expected 'mlp2x_"),
     ({"mm_video_tower": "LanguageBind"}, "mm_video_tower 'LanguageBind', which cannot be imported: LLaVA takes no vid"),
     ({"num_hidden_layers": 5}, "num_hidden_layers 5, found tensors of 6 layers"),
 ]
 MOE_ERRORS = [
-    ({"moe_enable": False}, "expected an object with moe_enable true: this is a dense checkpoint"),
+    ({"moe_enable": False}, "expected an object with moe_enable true: did its training stop before"),
     ({"use_residual": True}, "moe.use_residual True, expected false"),
     ({"moe_layers_idx": "sparse"}, "moe.moe_layers_idx 'sparse', expected a list of layer numbers"),
     ({"moe_layers_idx": [0, 2]}, r"has experts in layers \[0, 2, 4\], its config.json says moe_layers_idx \[0, 2\]"),
@@ -149,6 +154,12 @@ def test_a_moe_block_that_cannot_be_imported_is_named(tmp_path, published, entri
     with pytest.raises(ValueError, match=message):
         import_moe_llava(published, tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
+
+
+def test_another_kind_of_tower_is_named(tmp_path, published):
+    change_json(published.parent / "openai" / "tiny-clip-28" / "config.json", model_type="siglip_vision_model")
+    with pytest.raises(ValueError, match="model_type 'siglip_vision_model', expected 'clip' or 'clip_vision_model'"):
+        import_moe_llava(published, tmp_path / "moe")
 
 
 EXPERT = DEEPSPEED.format(2) + "experts.deepspeed_experts.1.up_proj.weight"

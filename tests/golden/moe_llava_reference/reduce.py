@@ -15,6 +15,7 @@ TOWER = "openai/tiny-clip-28"
 WITH_STATES = ("p00_short", "pad2")
 INFERENCE = ("input_ids", "pixel_values", "router_logits", "experts", "weights", "logits", "tokens", "step_logits")
 INFERENCE += ("decode_router_logits", "decode_experts", "decode_weights", "decode_position_ids", "position_ids")
+INFERENCE += ("dense_logits", "converted_logits")
 INFERENCE += ("gumbel", "attention_mask", "attention_mask_spliced", "l_aux", "moe_loss", "first_token")
 STATES = ("hidden", "moe_out", "decode_hidden")
 TRAINING = ("router_logits", "experts", "weights", "kept", "l_aux", "lm_loss", "moe_loss", "total_loss")
@@ -22,7 +23,14 @@ TRAINING += ("gumbel", "rts_uniform")
 BATCH = ("input_ids", "attention_mask", "images", "attention_mask_spliced", "labels_spliced")
 # Large results are kept as multiples of 2**-bits: an error of 8e-6 against a tolerance of 5e-5 on states and logits, of
 # 5e-7 against 5e-6 on gradients. The test helpers undo it by the name's ending.
-BITS = {"hidden": 16, "decode_hidden": 16, "moe_out": 16, "logits": 16, "step_logits": 16, "grad": 20}
+BITS = {"dense_logits": 16, "converted_logits": 16} | {
+    "hidden": 16,
+    "decode_hidden": 16,
+    "moe_out": 16,
+    "logits": 16,
+    "step_logits": 16,
+    "grad": 20,
+}
 
 
 def inference(tensors: dict) -> dict:
@@ -49,6 +57,12 @@ def training(tensors: dict, manifest: dict) -> tuple[dict, dict]:
     return kept, settings
 
 
+def converted_routers(folder: Path) -> dict:
+    """Routers of the conversion to experts; its experts are the dense MLPs."""
+    tensors = torch.load(folder / "converted_checkpoint" / "pytorch_model.bin", weights_only=True)
+    return {name: tensor for name, tensor in tensors.items() if name.endswith("gate.wg.weight")}
+
+
 def packed(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     """A large result as integers, its precision in its name."""
     kind = "grad" if "/grad/" in name else name.split("/")[-1]
@@ -68,8 +82,10 @@ def main(source: Path, target: Path) -> None:
         (target / name / TOWER).mkdir(parents=True, exist_ok=True)
         for file in ("config.json", "pytorch_model.bin"):
             shutil.copyfile(source / name / "checkpoint" / file, target / name / "checkpoint" / file)
-        inside = name == "llama"  # the tower's weights are in the checkpoint
-        for file in ("config.json", "preprocessor_config.json", *([] if inside else ["pytorch_model.bin"])):
+        if (dense := source / name / "dense_checkpoint").is_dir():
+            shutil.copytree(dense, target / name / "dense_checkpoint", dirs_exist_ok=True)
+            write(target / name / "converted_routers.safetensors.xz", converted_routers(source / name))
+        for file in ("config.json", "preprocessor_config.json", "pytorch_model.bin"):
             shutil.copyfile(source / name / TOWER / file, target / name / TOWER / file)
         write(target / name / "inference.safetensors.xz", inference(load_file(source / name / "inference.safetensors")))
         if (recorded := source / name / "training.safetensors").is_file():
