@@ -88,9 +88,10 @@ def load_balancing_loss(logits: Tensor, first: Tensor, counted: Tensor) -> Tenso
         counted: (N,) bool, the tokens that enter; with none of them the loss is 0.
     Returns: () with F_i the share of tokens whose first choice is i and G_i their mean probability of it.
     """
-    num_experts, share = logits.shape[1], counted / counted.sum().clamp(min=1)
+    num_experts, share = logits.shape[1], (counted / counted.sum().clamp(min=1))[:, None]
     chosen = torch.nn.functional.one_hot(first, num_experts).to(logits)
-    return num_experts * ((share @ chosen) * (share @ logits.softmax(dim=-1))).sum()
+    # Sums and no products of matrices, which autocast would round.
+    return num_experts * ((share * chosen).sum(0) * (share * logits.softmax(dim=-1)).sum(0)).sum()
 
 
 def gumbel_noise(logits: Tensor) -> Tensor:

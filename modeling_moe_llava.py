@@ -263,7 +263,13 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         has_images = pixel_values is not None or mm_encoder_outputs is not None
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         is_image = self.image_tokens(input_ids, inputs_embeds, mm_token_type_ids, has_images)
-        routing = ExpertRouting(self.config, self.training, real_tokens(attention_mask, tokens.shape[1]), is_image)
+        real = real_tokens(attention_mask, tokens.shape[1])
+        if self.training and real is None and attention_mask is not None:
+            logger.warning_once(
+                "attention_mask is no (B, S) mask: what is padding is not known, all tokens enter the load balancing "
+                "loss and take capacity"
+            )
+        routing = ExpertRouting(self.config, self.training, real, is_image)
         if expert_routing is not None:
             expert_routing.append(routing)
         return super().forward(
@@ -307,10 +313,6 @@ def real_tokens(attention_mask: Tensor | None, num_tokens: int) -> Tensor | None
     """(B, S) bool: the new tokens that are no padding; `None` if nothing says so."""
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and attention_mask.shape[1] >= num_tokens:
         return attention_mask[:, attention_mask.shape[1] - num_tokens :] != 0
-    if attention_mask is not None:
-        logger.warning_once(
-            "attention_mask is no (B, S) mask: what is padding is not known, all tokens enter the load balancing loss"
-        )
     return None
 
 

@@ -1,5 +1,8 @@
 """Choices of experts by hand, the load balancing loss against its equation, token-aware routers against theirs."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import tiny
 import torch
@@ -145,6 +148,21 @@ def test_balancing_loss_leaves_padding_out():
     assert load_balancing_loss(LOGITS, TOP_2[:, 0], ~ALL) == 0
 
 
+@pytest.mark.parametrize("router", ["linear", "token_aware"])
+def test_autocast_rounds_neither_decisions_nor_the_balancing_loss(router):
+    block = blocks_of(moe_model(router_type=router))[0]
+    tokens, is_image = torch.randn(6, tiny.HIDDEN), torch.arange(6) < 3
+    rows = is_image, is_image.nonzero()[:, 0], (~is_image).nonzero()[:, 0]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = block.router(tokens, *rows)
+            chosen = top_experts(logits, 2)
+            weights = expert_weights(logits, chosen, torch.ones_like(chosen).bool(), normalize=True)
+            found.append((logits, weights, load_balancing_loss(logits, chosen[:, 0], torch.ones(6).bool())))
+    assert all(one.dtype == torch.float32 and torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("router", ["linear", "token_aware"])
 def test_padding_changes_the_loss_where_it_counts_alone(router):
@@ -207,6 +225,22 @@ def test_generated_tokens_are_text():
     # The prompt of the second row ends with an image: what was last seen does not say what is next.
     model.generate(**batch(("question", "empty_question")), **GREEDY)
     assert seen == {"image": [8, 0, 0, 0], "text": [2 * len(tiny.PROMPTS["question"]) - 8, 2, 2, 2]}
+
+
+@torch.no_grad()
+def test_threads_that_share_a_model_do_not_share_a_routing():
+    model, names = moe_model(router_type="token_aware"), ("question", "two_images")
+    expected = {name: model(**alone(name)).logits for name in names}
+    meet = threading.Barrier(2, timeout=30)
+
+    def wait(module, args):
+        meet.wait()
+
+    # Both threads are inside the same layer, behind its attention, before either goes on to the experts.
+    blocks_of(model)[2].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda name: torch.no_grad()(model)(**alone(name)).logits, names)
+    assert all(torch.equal(logits, expected[name]) for name, logits in zip(names, found, strict=True))
 
 
 @torch.no_grad()
