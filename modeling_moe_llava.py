@@ -82,12 +82,13 @@ class MoeDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, block: MoeBlock | None):
         super().__init__(config, layer_idx)
-        if block is not None:
+        self.has_experts = block is not None
+        if self.has_experts:
             self.mlp = block
 
     def forward(self, hidden_states: Tensor, *, expert_routing: ExpertRouting | None = None, **kwargs) -> Tensor:
         """(B, S, D) to (B, S, D)."""
-        if not isinstance(self.mlp, MoeBlock):
+        if not self.has_experts:
             return super().forward(hidden_states, **kwargs)
         if torch.compiler.is_compiling():
             # Dynamo does not know context variables. Threads share an attribute, but a graph is traced once.

@@ -74,6 +74,23 @@ def test_every_form_of_weight_files_gives_the_same_tensors(tmp_path, published, 
     assert ours.keys() == expected.keys() and all(bytes_of(ours[name]) == bytes_of(expected[name]) for name in ours)
 
 
+@torch.no_grad()
+def test_qwen_1_5_is_a_qwen2_with_its_biases(tmp_path, published):
+    def add_biases(weights):
+        for layer in range(6):
+            for part in "qkv":
+                weights[f"model.layers.{layer}.self_attn.{part}_proj.bias"] = torch.zeros(64)
+
+    import_moe_llava(published, tmp_path / "llama")
+    change_weights(published, add_biases)
+    change_json(published / "config.json", model_type="moe_llava_qwen1_5")
+    import_moe_llava(published, tmp_path / "qwen")
+    qwen, llama = (MoeLlavaForConditionalGeneration.from_pretrained(tmp_path / one) for one in ("qwen", "llama"))
+    assert qwen.config.text_config.model_type == "qwen2"
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(qwen.eval()(input_ids=ids).logits, llama.eval()(input_ids=ids).logits)
+
+
 def test_buffers_are_left_behind(tmp_path, published):
     names = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
