@@ -10,6 +10,9 @@ _WHERE = {
     "RoeLlavaProcessor": "processing_roe",
     "RoeLlavaForConditionalGeneration": "modeling_roe_llava",
     "RoeLlavaModel": "modeling_roe_llava",
+    "MoeLlavaConfig": "configuration_moe_llava",
+    "MoeLlavaForConditionalGeneration": "modeling_moe_llava",
+    "MoeLlavaModel": "modeling_moe_llava",
 }
 
 

@@ -17,12 +17,14 @@ COMMANDS = {
     "evaluate": ("evaluation.evaluate", "score benchmarks through lmms-eval, routed beside dense"),
     "extract": ("convert.extract", "take the adapter file back out of a RoE checkpoint"),
     "import-llava": ("convert.import_llava", "turn an original LLaVA-1.5 checkpoint into the layout of llava-hf"),
+    "import-moe-llava": ("convert.import_moe_llava", "turn a published MoE-LLaVA checkpoint (DeepSpeed) into ours"),
     "import-reference": ("convert.import_reference", "turn a checkpoint of the published RoE code into ours"),
     "export-reference": ("convert.export_reference", "turn a RoE checkpoint into the layout of the published code"),
     "graft": ("convert.graft", "put trained routing parts onto a LLaVA checkpoint"),
     "push": ("hub_card.push", "check a model or an adapter file and put it on the Hub, card and code included"),
     "serve": ("serving.serve", "answer over HTTP as OpenAI's API does, with transformers serve"),
     "train": ("training.train", "train routing parts on your own data, by a recipe"),
+    "upcycle": ("convert.upcycle", "give a dense LLaVA experts: copies of its own MLPs, and new routers"),
     "verify": ("convert.verify", "check on real weights that routing changes nothing it should not, and what it saves"),
 }
 

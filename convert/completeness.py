@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from ..configuration_roe import RoeLlavaConfig
+from ..modeling_moe_llava import MoeLlavaForConditionalGeneration
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from .keys import EXPORT_KEYS, renamed
 from .made_tensors import check_dtype
@@ -22,8 +22,9 @@ def expected_shapes(config: dict) -> tuple[dict[str, tuple[int, ...]], set[str]]
     Args:
         config: content of its config.json.
     """
-    routed = config["model_type"] == RoeLlavaConfig.model_type
-    cls = RoeLlavaForConditionalGeneration if routed else LlavaForConditionalGeneration
+    own = (RoeLlavaForConditionalGeneration, MoeLlavaForConditionalGeneration)
+    classes = {cls.config_class.model_type: cls for cls in own}
+    cls = classes.get(config["model_type"], LlavaForConditionalGeneration)
     with torch.device("meta"):
         model = cls(cls.config_class.from_dict(config))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, set(model.all_tied_weights_keys)

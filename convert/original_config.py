@@ -94,7 +94,9 @@ def text_config(flat: dict) -> PreTrainedConfig:
     return config
 
 
-def llava_config(flat: dict, vision: CLIPVisionConfig, tokens, dtype: str, provenance: dict) -> dict:
+def llava_config(
+    flat: dict, vision: CLIPVisionConfig, tokens, dtype: str, provenance: dict, text: PreTrainedConfig | None = None
+) -> dict:
     """config.json in llava-hf layout.
 
     Args:
@@ -103,9 +105,10 @@ def llava_config(flat: dict, vision: CLIPVisionConfig, tokens, dtype: str, prove
         tokens: `SpecialTokens`.
         dtype: of the weights, as PyTorch names it.
         provenance: kept under `PROVENANCE`.
+        text: the language model's configuration; by default read from `flat`.
     Raises: ValueError, or what else Transformers makes of a wrong entry.
     """
-    text = text_config(flat)
+    text = text_config(flat) if text is None else text
     text.vocab_size, text.pad_token_id = tokens.vocab_size, tokens.pad_id
     text.dtype = vision.dtype = None
     select = SELECT[flat.get("mm_vision_select_feature", "patch")]

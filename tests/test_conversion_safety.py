@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from convert_helpers import make_base, train
+from golden_moe_helpers import FOLDER as MOE_GOLDEN
 from original_helpers import golden_source, make_original
 
 from roe_llava.convert import copying, output, weights
@@ -21,17 +22,21 @@ from roe_llava.convert.export_reference import export_reference
 from roe_llava.convert.extract import extract
 from roe_llava.convert.graft import graft
 from roe_llava.convert.import_llava import import_llava
+from roe_llava.convert.import_moe_llava import import_moe_llava
 from roe_llava.convert.import_reference import import_reference
+from roe_llava.convert.upcycle import upcycle
 
 COMMANDS = (
     "graft",
     "extract",
     "extract --full",
     "import-llava",
+    "import-moe-llava",
     "import-reference",
     "export-reference",
     "bake",
     "bake to stock",
+    "upcycle",
 )
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked and killed")
@@ -54,10 +59,12 @@ def conversions(tmp_path_factory):
         "extract": partial(extract, folder / "roe"),
         "extract --full": partial(extract, folder / "roe", full=True),
         "import-llava": partial(import_llava, original),
+        "import-moe-llava": partial(import_moe_llava, MOE_GOLDEN / "phi" / "checkpoint"),
         "import-reference": partial(import_reference, published),
         "export-reference": partial(export_reference, folder / "imported"),
         "bake": partial(bake, folder / "roe", route="101", drop_adapters="never"),
         "bake to stock": partial(bake, folder / "roe", route="101", drop_adapters="always"),
+        "upcycle": partial(upcycle, base),
     }
 
 
