@@ -10,7 +10,7 @@ from transformers import LlavaConfig
 from transformers.utils.versions import require_version
 
 # Before the other files are imported, which use names that older versions lack.
-require_version("transformers>=5.23.0", "MoE-LLaVA needs it: pip install -U transformers")
+require_version("transformers>=5.19.0", "MoE-LLaVA needs it: pip install -U transformers")
 
 ROUTER_TYPES = ("linear", "token_aware")
 NOISE_MODES = ("never", "training", "always")

@@ -29,6 +29,7 @@ from transformers.models.stablelm.modeling_stablelm import StableLmDecoderLayer,
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from .checkpointing_roe import NonReentrantMixin
 from .choice_moe import ExpertRouting, current_routing, routing_of_layer
 from .configuration_moe_llava import MoeLlavaConfig
 from .experts_moe import PackedExperts, experts_class
@@ -210,23 +211,12 @@ def build_language_model(config: MoeLlavaConfig) -> MoeLanguageModel:
     return LANGUAGE_MODELS[model_type](config)
 
 
-class MoeLlavaPreTrainedModel(SetsExpertsImplementation, LlavaPreTrainedModel):
+class MoeLlavaPreTrainedModel(NonReentrantMixin, SetsExpertsImplementation, LlavaPreTrainedModel):
     """What both MoE classes share."""
 
     config: MoeLlavaConfig
     _keep_in_fp32_modules_strict = {"router"}
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs):
-        """As in Transformers; also what `gradient_checkpointing_enable` calls.
-
-        Raises: ValueError for `use_reentrant=True`, under which routers would learn nothing of the balancing loss.
-        """
-        settings = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})  # torch's own default is True
-        if settings["use_reentrant"] is not False:
-            raise ValueError(
-                "use_reentrant=True loses the gradients of the load balancing loss: leave it out, or set it False"
-            )
-        super().activation_checkpointing_enable(settings, **kwargs)
+    reentrant_loses = "the load balancing loss"
 
 
 class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):

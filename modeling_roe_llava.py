@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from .attention_roe import RoutedAttentionConfig, RoutingAttention, attentions_of_all_rows, take_rows
 from .baked_roe import as_pinned, is_baked
 from .cache_roe import LayerRows, RoeCache, adopt_cache
-from .checkpointing_roe import RoeCheckpointingMixin
+from .checkpointing_roe import NonReentrantMixin
 from .compile_roe import RoeCompileMixin, cache_of_layer, is_compiled
 from .configuration_roe import RoeLlavaConfig
 from .generation_roe import check_keywords
@@ -292,10 +292,11 @@ def build_language_model(config: PreTrainedConfig) -> RoeLanguageModel:
     )
 
 
-class RoeLlavaPreTrainedModel(RoeCheckpointingMixin, RefusesFlashAttention, LlavaPreTrainedModel):
+class RoeLlavaPreTrainedModel(NonReentrantMixin, RefusesFlashAttention, LlavaPreTrainedModel):
     """What both RoE classes share."""
 
     config: RoeLlavaConfig
+    reentrant_loses = "routing tokens"
     # Decisions are made in float32 whatever the model is loaded in.
     _keep_in_fp32_modules_strict = {"router", "routing_tokens"}
 

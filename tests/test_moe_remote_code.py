@@ -87,6 +87,7 @@ def test_folders_open_everywhere_without_the_package_and_can_be_saved_again(worl
 def test_a_folder_carries_the_files_of_this_model_alone(world):
     for kind in ("upcycled", "saved"):
         assert {path.name for path in (world / kind).glob("*.py")} == {
+            "checkpointing_roe.py",
             "choice_moe.py",
             "configuration_moe_llava.py",
             "experts_moe.py",
