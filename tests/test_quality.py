@@ -5,6 +5,7 @@ Scores mean nothing after a handful of steps and are not looked at.
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from roe_llava.benchmarks.quality_report import aims, page
 from roe_llava.examples.tiny_world.train_roe import BASE
 from roe_llava.training.route_search import RoutePool
 
+ROOT = Path(__file__).parent.parent
 SMALL = "--steps 8 --batch-size 2 --per-family 2 --searched-routes 24 --searched-examples 8 --seeds 0 --targets 0.1 0.3"
 
 
@@ -151,3 +153,19 @@ def test_aims_are_met_or_not(accuracy, skipped, met):
 
 def test_the_benchmark_is_about_the_shipped_base():
     assert options("x").base == BASE
+
+
+# ------------------------------------------------------------------------------------------------ what is committed
+
+
+def test_the_committed_page_and_the_readme_say_what_was_measured():
+    result = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
+    assert (ROOT / "docs" / "quality.md").read_text() == page(result)
+    rows = {(row["method"], round(row["target"], 2)): row for row in result["summary"]["methods"]}
+    share = {key: {name: 100 * row[name]["mean"] for name in ("accuracy", "skip_ratio")} for key, row in rows.items()}
+    ours, static, published = share["taught", 0.3], share["static", 0.29], share["published", 0.3]
+    lost = share["dense", 0.0]["accuracy"] - ours["accuracy"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"at 30 % have {ours['accuracy']:.1f} % where that drop has {static['accuracy']:.1f} %" in text
+    assert f"but {lost:.1f} points less than the base given the same training" in text
+    assert f"published recipe: {published['accuracy']:.1f} % at {published['skip_ratio']:.1f} % skipped" in text
