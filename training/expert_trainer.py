@@ -60,8 +60,8 @@ class ExpertTrainer(Trainer):
         low = {one.dtype for one in self.model.parameters() if one.requires_grad and torch.finfo(one.dtype).bits < 32}
         if low:
             raise ValueError(
-                f"weights that learn are {', '.join(map(str, low))}, expected float32: small updates vanish when they are "
-                "rounded. Load the model with dtype=torch.float32, and compute with bf16=True"
+                f"weights that learn are {', '.join(map(str, low))}, expected float32: small updates vanish when "
+                "weights are rounded. Load the model with dtype=torch.float32, and compute with bf16=True"
             )
 
     def _prepare_inputs(self, inputs: dict) -> dict:
