@@ -262,6 +262,20 @@ def test_stages_set_the_papers_config(tmp_path):
     assert found == {"moe-stage3": (2, 0.01), "evomoe-evolution": (1, 0.01), "evomoe-routers": (1, 0.001)}
 
 
+def test_the_log_holds_the_balancing_loss(tmp_path):
+    model = tiny_moe.moe_model()
+    settings = {"steps": 8, "per_device_train_batch_size": 1, "learning_rate": 0.0, "logging_steps": 8}
+    trainer = trainer_for(model, tmp_path, STAGES["moe-stage3"], **settings)
+    trainer.train()
+    logged = [entry["aux_loss"] for entry in trainer.state.log_history if "aux_loss" in entry]
+    with torch.no_grad():
+        own = [model(**stack([row])).aux_loss.item() for row in rows()]
+    assert logged == [pytest.approx(sum(own) / 8, rel=1e-5)] and max(own) - min(own) > 0.01
+    evolving = trainer_for(upcycled(), tmp_path, STAGES["evomoe-evolution"], logging_steps=2)
+    evolving.train()
+    assert not any("aux_loss" in entry for entry in evolving.state.log_history)
+
+
 # -------------------------------------------------------------------------------------------------------------- resume
 
 

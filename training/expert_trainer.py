@@ -29,6 +29,7 @@ class ExpertTrainer(Trainer):
 
     def __init__(self, model, *, stage: ExpertStage, trained_only: bool = False, **kwargs):
         self.stage, self.trained_only = stage, trained_only
+        self.balance: list[torch.Tensor] = []
         stage.prepare(model)
         super().__init__(model=model, **kwargs)
         self.check_arguments()
@@ -67,6 +68,24 @@ class ExpertTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict) -> dict:
         inputs = super()._prepare_inputs(inputs)
         return inputs if self.stage.single_expert is None else {**inputs, "single_expert": self.stage.single_expert}
+
+    # ---------------------------------------- loss, logs
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        """As in `Trainer`; remembers the balancing loss for the log."""
+        is_training = model.training
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        balance = getattr(outputs, "aux_loss", None)
+        if is_training and balance is not None and self.stage.single_expert is None:
+            self.balance.append(balance.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict, *args, **kwargs):
+        """Adds the mean `aux_loss` of this process's batches since the last log: M where M layers are balanced."""
+        if "loss" in logs and self.balance:
+            logs["aux_loss"] = torch.stack(self.balance).mean().item()
+            self.balance = []
+        super().log(logs, *args, **kwargs)
 
     # ---------------------------------------- checkpoints
 
