@@ -1,63 +1,35 @@
 """Training LLaVA with experts: evolution against its equations, stages move what they should, exact resume."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import distributed_experts
 import pytest
 import tiny
 import tiny_moe
 import torch
-from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+from accelerate.optimizer import AcceleratedOptimizer
+from expert_helpers import arguments, rows, stack, trainer_for
+from transformers import (
+    AutoModelForImageTextToText,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
 
+from roe_llava import MoeLlavaForConditionalGeneration
+from roe_llava.convert.moe_code import write_moe_code
 from roe_llava.convert.upcycle import upcycle
 from roe_llava.training.expert_evolution import Evolution, ExpertEvolutionCallback, evolved, packed_parameters
 from roe_llava.training.expert_stages import STAGES, ExpertStage, expert_stage
-from roe_llava.training.expert_trainer import ExpertTrainer
 
+ROOT = Path(__file__).parent.parent
 MODES = ("ema", "update", "literal")
 KINDS = ("moe-stage3", "evomoe-evolution", "evomoe-routers")
-
-
-def rows(number=8, labelled=2):
-    """Examples of one length with a picture; `labelled` of a row's tokens, or as many more as its number is odd."""
-    generator, data = torch.Generator().manual_seed(0), []
-    for place in range(number):
-        ids = torch.cat([torch.tensor([1, *[tiny.IMAGE] * 4]), torch.randint(3, 100, (7,), generator=generator)])
-        labels = torch.full_like(ids, -100)
-        count = labelled + place % 2
-        labels[-count:] = ids[-count:]
-        pixels = torch.randn(3, 28, 28, generator=generator)
-        data.append(
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
-        )
-    return data
-
-
-def stack(examples):
-    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
-
-
-def arguments(folder, steps=4, **settings):
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        report_to=[],
-        remove_unused_columns=False,
-        use_cpu=True,
-        disable_tqdm=True,
-        **{"save_strategy": "no", "per_device_train_batch_size": 2, "learning_rate": 1e-2, **settings},
-    )
-
-
-def trainer_for(model, folder, stage, steps=4, data=None, trained_only=False, **settings):
-    return ExpertTrainer(
-        model,
-        stage=stage,
-        trained_only=trained_only,
-        args=arguments(folder, steps, **settings),
-        train_dataset=rows() if data is None else data,
-        eval_dataset=rows(),
-        data_collator=stack,
-    )
 
 
 def upcycled(decoder="llama", **kwargs):
@@ -186,6 +158,17 @@ def test_the_callback_serves_the_stock_trainer_and_leaves_no_hook(tmp_path):
     assert not torch.equal(packed[1], packed[0])
     model.train()(**stack(rows()[:4])).loss.backward()
     assert packed.grad[1:].abs().sum() > 0
+
+
+def test_experts_stay_float32_where_bfloat16_computes(tmp_path):
+    model, watch = upcycled(), Watch()
+    trainer = trainer_for(model, tmp_path, STAGES["evomoe-evolution"], bf16=True)
+    trainer.add_callback(watch)
+    trainer.train()
+    betas = STAGES["evomoe-evolution"].evolution.betas(0, 2)[0].tolist()
+    before, after = watch.seen[0]["before"][0], watch.seen[0]["after"][0]
+    assert after.dtype == torch.float32 and not torch.equal(after[0], before[0])
+    torch.testing.assert_close(after[3], betas[2] * before[3] + (1 - betas[2]) * after[0], rtol=1e-6, atol=1e-7)
 
 
 # --------------------------------------------------------------------------------------------------- one expert alone
@@ -494,3 +477,61 @@ def test_the_three_stages_lead_from_a_dense_llava_to_evomoe(tmp_path):
     with torch.no_grad():
         assert torch.equal(reopened(**inputs).logits, model.eval()(**inputs).logits)
     assert reopened.config.num_experts_per_tok == 1 and reopened.config.router_aux_loss_coef == 0.001
+
+
+# ----------------------------------------------------------------------------------- several processes, the Hub's code
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Folder of what each of two processes ends with, by stage."""
+    out = tmp_path_factory.mktemp("ddp")
+    paths = [ROOT.parent, ROOT / "tests", os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tests" / "distributed_experts.py"), str(out), *KINDS]
+    done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.mark.parametrize("stage", KINDS)
+def test_two_processes_end_alike_and_as_one(tmp_path, two_processes, stage):
+    first, second = (torch.load(two_processes / f"{stage}-{rank}.pt") for rank in (0, 1))
+    start, one = distributed_experts.model().state_dict(), distributed_experts.train(tmp_path, stage)
+    assert any(not torch.equal(one[name], start[name]) for name in one)
+    # The balancing loss is a mean over a process's rows, so that with it two processes are not quite one.
+    tolerance = 1e-6 if stage == "evomoe-evolution" else 1e-3
+    for name, tensor in one.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=tolerance, msg=name)
+
+
+def test_a_model_of_the_hubs_code_evolves(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which the loader adds to
+    upcycled().save_pretrained(tmp_path / "model")
+    write_moe_code(tmp_path / "model")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert type(model) is not MoeLlavaForConditionalGeneration
+    before = snapshot(model)
+    trainer_for(model, tmp_path, STAGES["evomoe-evolution"], save_strategy="steps", save_steps=2).train()
+    assert moved(model, before) == {name for name in before if ".mlp.experts." in name}
+    packed = tiny_moe.blocks_of(model)[0].experts.down_proj
+    assert not torch.equal(packed[1], packed[0])
+    resumed = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    again = trainer_for(resumed, tmp_path / "again", STAGES["evomoe-evolution"])
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not moved(resumed, snapshot(model))
+
+
+def test_a_step_that_the_scaler_left_out_evolves_nothing():
+    model, callback = tiny_moe.moe_model(), ExpertEvolutionCallback(Evolution())
+    optimizer = AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    before, state = snapshot(model), TrainerState(global_step=0)
+    optimizer._is_overflow = True  # what float16's scaler finds in gradients that overflowed
+    callback.on_optimizer_step(None, state, None, model=model, optimizer=optimizer)
+    assert not moved(model, before)
+    optimizer._is_overflow = False
+    callback.on_optimizer_step(None, state, None, model=model, optimizer=optimizer)
+    assert moved(model, before)
