@@ -114,10 +114,26 @@ class ExpertRouting:
         training: whether the model is in training mode.
         real: (B, S) bool, tokens that are no padding; `None`: all of them, or padding counts.
         is_image: (B, S) bool, tokens that stand for parts of an image; `None` where no router asks.
+        single_expert: the one that all tokens go through; `None`: routers decide.
+    Raises: ValueError if there is no such expert.
     """
 
-    def __init__(self, config: MoeLlavaConfig, training: bool, real: Tensor | None, is_image: Tensor | None):
-        self.config, self.training, self.real = config, training, real
+    def __init__(
+        self,
+        config: MoeLlavaConfig,
+        training: bool,
+        real: Tensor | None,
+        is_image: Tensor | None,
+        single_expert: int | None = None,
+    ):
+        if single_expert is not None and (
+            type(single_expert) is not int or not 0 <= single_expert < config.num_experts
+        ):
+            raise ValueError(
+                f"single_expert must be an integer in [0, {config.num_experts}), or None for routers to decide, got "
+                f"{single_expert!r}"
+            )
+        self.config, self.training, self.real, self.single_expert = config, training, real, single_expert
         self._is_image, self._rows = None if is_image is None else is_image.flatten(), (None, None)
         # Counted once per pass. How many there are is not known to a compiled graph: there every token does both.
         if is_image is not None and not torch.compiler.is_compiling():
@@ -163,6 +179,8 @@ class ExpertRouting:
     def aux_loss(self, device: torch.device) -> Tensor:
         """() load balancing loss, summed over layers."""
         pairs = [(one, made) for one, made in zip(self.logits, self.choices, strict=True) if one is not None]
+        if not pairs:  # a single expert: nothing was chosen
+            return torch.zeros((), device=device)
         losses = [load_balancing_loss(one, made.experts[:, 0], self.counted(one)) for one, made in pairs]
         return torch.stack([loss.to(device) for loss in losses]).sum()
 

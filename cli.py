@@ -24,6 +24,7 @@ COMMANDS = {
     "push": ("hub_card.push", "check a model or an adapter file and put it on the Hub, card and code included"),
     "serve": ("serving.serve", "answer over HTTP as OpenAI's API does, with transformers serve"),
     "train": ("training.train", "train routing parts on your own data, by a recipe"),
+    "train-moe": ("training.train_moe", "train experts and routers, in the stages of MoE-LLaVA and EvoMoE"),
     "upcycle": ("convert.upcycle", "give a dense LLaVA experts: copies of its own MLPs, and new routers"),
     "verify": ("convert.verify", "check on real weights that routing changes nothing it should not, and what it saves"),
 }

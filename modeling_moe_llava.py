@@ -70,6 +70,8 @@ class MoeBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, D) to (B, S, D)."""
         routing, tokens = self.traced_routing or current_routing(), hidden_states.flatten(0, 1)
+        if routing.single_expert is not None:
+            return self.experts.expert(routing.single_expert, hidden_states)
         logits = self.router(tokens, *routing.image_tokens(tokens.device))
         choice = routing.choose(logits, self.layer_idx)
         return self.experts(tokens, choice.experts, choice.weights).view_as(hidden_states)
@@ -239,6 +241,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         mm_encoder_outputs: dict | None = None,
         mm_token_type_ids: Tensor | None = None,
         expert_routing: list | None = None,
+        single_expert: int | None = None,
         **kwargs,
     ):
         """`LlavaModel.forward` with experts.
@@ -253,14 +256,16 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
             )
         has_images = pixel_values is not None or mm_encoder_outputs is not None
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        is_image = self.image_tokens(input_ids, inputs_embeds, mm_token_type_ids, has_images)
+        is_image = None
+        if single_expert is None:
+            is_image = self.image_tokens(input_ids, inputs_embeds, mm_token_type_ids, has_images)
         real = real_tokens(attention_mask, tokens.shape[1])
         if self.training and real is None and attention_mask is not None:
             logger.warning_once(
                 "attention_mask is no (B, S) mask: what is padding is not known, all tokens enter the load balancing "
                 "loss and take capacity"
             )
-        routing = ExpertRouting(self.config, self.training, real, is_image)
+        routing = ExpertRouting(self.config, self.training, real, is_image, single_expert)
         if expert_routing is not None:
             expert_routing.append(routing)
         return super().forward(
@@ -337,6 +342,7 @@ class MoeLlavaForConditionalGeneration(MoeLoadingMixin, MoeLlavaPreTrainedModel,
         mm_encoder_outputs: dict | None = None,
         mm_token_type_ids: Tensor | None = None,
         output_router_logits: bool | None = None,
+        single_expert: int | None = None,
         **kwargs,
     ) -> MoeLlavaCausalLMOutputWithPast:
         """Stock LLaVA's forward pass through experts.
@@ -349,6 +355,8 @@ class MoeLlavaForConditionalGeneration(MoeLoadingMixin, MoeLlavaPreTrainedModel,
             mm_token_type_ids: (B, S), 1 for image tokens: read by token-aware routers where `inputs_embeds` come
                 without `input_ids`.
             output_router_logits: whether to return logits, choices and weights; the config decides where it is `None`.
+            single_expert: number in [0, E) of the expert that all tokens go through, with weight 1; routers do not
+                run, the balancing loss is 0, and there are no logits, choices and weights. `None`: routers decide.
             Others: as in `LlavaForConditionalGeneration`.
         Raises: ValueError if `inputs_embeds` do not tell a token-aware router what is an image.
         """
@@ -370,6 +378,7 @@ class MoeLlavaForConditionalGeneration(MoeLoadingMixin, MoeLlavaPreTrainedModel,
             mm_encoder_outputs=mm_encoder_outputs,
             mm_token_type_ids=mm_token_type_ids,
             expert_routing=found,
+            single_expert=single_expert,
             **kwargs,
         )
         aux_loss, loss = None, outputs.loss
