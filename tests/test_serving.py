@@ -57,7 +57,14 @@ def server(shipped_roe, tmp_path_factory):
     with log.open("w") as file:
         command = [sys.executable, "-m", "roe_llava", "serve", str(shipped_roe), *words]
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # A shell has its background jobs ignore Ctrl-C, and they hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     try:
         wait_until_ready(process, f"http://127.0.0.1:{port}", log)
