@@ -1,6 +1,8 @@
 """The benchmark of training steps: what is compared trains the same, in the stage named. No time is asserted."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +74,14 @@ def test_a_result_has_every_system():
     assert 0.2 < found["systems"]["decided"]["skipped"] < 0.8 and found["systems"]["taught"]["skipped"] == 0.5
     shares = (("random", 0.3), ("taught", 0.4), ("decided", 0.3))
     assert found["run"]["ratio"] == pytest.approx(sum(w * found["systems"][name]["ratio"] for name, w in shares))
+
+
+def test_the_page_says_what_was_measured():
+    root = Path(__file__).parent.parent
+    result = json.loads((root / "benchmarks" / "results" / "training_step.json").read_text())
+    page = (root / "docs" / "training.md").read_text()
+    for shape, recipes in result["shapes"].items():
+        for recipe, found in recipes.items():
+            ratios = [found["systems"][name]["ratio"] for name in ("random", "given", "taught", "decided")]
+            cells = " | ".join(f"{ratio:.2f}" for ratio in [*ratios, found["run"]["ratio"]])
+            assert f"| {shape} | `{recipe}` | {cells} |" in page
