@@ -1,5 +1,7 @@
 """Fixtures: tiny routed models whose routes depend on the input (`tiny.py` builds them), and checkpoints on disk."""
 
+import own_caches  # isort: skip  # noqa: F401
+
 import logging
 import re
 import shutil

@@ -47,7 +47,8 @@ class Hub:
 
     def environment(self, cache: Path) -> dict[str, str]:
         """What a process needs that is to use this Hub and an empty cache; read when its libraries are imported."""
-        return {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        places = {"HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
+        return places | {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
 
 class Handler(HubWrites, BaseHTTPRequestHandler):

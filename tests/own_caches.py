@@ -1,0 +1,16 @@
+"""Gives every test process a place of its own for remote code, before Transformers reads where that is.
+
+Two processes that open a folder of the same name write the same files, and one finds them half written.
+"""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+
+if "transformers" in sys.modules:
+    raise RuntimeError("Transformers was imported before own_caches, and has chosen its place for remote code already")
+FOLDER = tempfile.mkdtemp(prefix="roe-remote-code-")
+os.environ["HF_MODULES_CACHE"] = FOLDER
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
