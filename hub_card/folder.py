@@ -62,7 +62,7 @@ def open_folder(path: str | Path) -> ModelFolder:
     if config.get("model_type") != RoeLlavaConfig.model_type:
         raise ValueError(
             f"{path / 'config.json'} has model_type {config.get('model_type')!r}, expected "
-            f"{RoeLlavaConfig.model_type!r}: a model without routing parts needs no code of ours, and goes to the Hub "
+            f"{RoeLlavaConfig.model_type!r}: only RoE folders are checked and get a card; any other goes to the Hub "
             "with `hf upload`"
         )
     if config.get("skipped_layers") is not None:

@@ -27,10 +27,21 @@ def options(out, *more):
     return parser.parse_args(["--out", str(out), *SMALL.split(), *more])
 
 
+settled_targets = []  # in the order in which runs were settled
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quality")
-    return folder, quality.run(options(folder, "--report", str(folder / "page" / "quality.md")))
+    stock = quality.settle_on_held_out
+
+    def settle_and_tell(model, processor, target):
+        settled_targets.append(target)
+        return stock(model, processor, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "settle_on_held_out", settle_and_tell)
+        return folder, quality.run(options(folder, "--report", str(folder / "page" / "quality.md")))
 
 
 def test_every_method_runs_and_decides_as_it_should(done):
@@ -51,6 +62,12 @@ def test_every_method_runs_and_decides_as_it_should(done):
     assert stages == sorted(stages) and set(stages) == {0, 1, 2}
     assert by_name["taught-0.3-seed0"]["steps"] == 8
     assert by_name["published-0.3-seed0"]["steps"] == 8 + result["settings"]["extra_steps"] > 8
+
+
+def test_routers_of_ours_are_settled_and_the_published_are_not(done):
+    """Whether a bias meets the target after so few steps is another matter."""
+    assert sorted(settled_targets) == [0.1, 0.3, 0.3]  # two taught runs, and one of gradient
+    assert all(run["settled"] is None for run in done[1]["runs"] if run["method"] in ("published", "static", "base"))
 
 
 def test_other_seeds_run_what_the_aims_compare():

@@ -57,7 +57,6 @@ def test_generate_follows_the_models_own_bias(model):
 
 def test_training_decides_with_it_too(model):
     batch = next(with_segments(random_batches(0, number=1, rows=16)))
-    expected = model(**{name: value for name, value in batch.items() if name != "labels"}).routes
     for bias in (None, [0.2, -0.2, 0.1, 0.3]):
         model.eval().config.route_bias = bias
         expected = model(**{name: value for name, value in batch.items() if name != "labels"}).routes

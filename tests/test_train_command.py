@@ -141,13 +141,14 @@ def test_the_skip_ratio_is_settled_on_the_evaluation_rows_at_the_end(tmp_path, c
 
 
 def test_training_goes_on_from_a_roe_checkpoint(tmp_path, base, data):
-    """Its calibration table is dropped, its sizes are kept, and the result still belongs to its base."""
+    """Its bias and table are dropped, its sizes are kept, and the result still belongs to its base."""
     graft(base, save_parts(base, tmp_path / "parts"), tmp_path / "roe")
-    change_json(tmp_path / "roe" / "config.json", target_skip_ratio=0.1)
-    out = tmp_path / "out"
-    assert command("frozen", tmp_path / "roe", data, out, adapter_size=None, max_steps=2, target_skip_ratio=0.2) == 0
+    change_json(tmp_path / "roe" / "config.json", target_skip_ratio=0.1, route_bias=[0.5] * 3)
+    out, options = tmp_path / "out", {"adapter_size": None, "max_steps": 2, "settled_examples": 0}
+    assert command("frozen", tmp_path / "roe", data, out, **options, target_skip_ratio=0.2) == 0
     about = json.loads((out / "adapter" / "roe_adapter.json").read_text())
     assert about["base"]["id"] == base.name and about["target_skip_ratio"] == 0.2 and about["skip_calibration"] is None
+    assert about["route_bias"] is None
     model = RoeLlavaForConditionalGeneration.from_base(base, out / "adapter")
     assert model.config.adapter_size == 4
     assert command("full", tmp_path / "roe", data, tmp_path / "full", adapter_size=None, max_steps=4) == 0

@@ -104,8 +104,7 @@ def load_model(options: ModelOptions, source: Source, target: float, in_bfloat16
             source.folder,
             dtype=loaded_dtype(options, in_bfloat16),
             target_skip_ratio=target,
-            route_bias=None,  # like the table, it holds for the routers it was measured with
-            skip_calibration=None,
+            skip_calibration=None,  # a table holds for the routers it was measured with
             **fields,
         )
     for name, parameter in model.named_parameters():

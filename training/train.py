@@ -146,7 +146,8 @@ def settle_skip_ratio(run: Run) -> None:
     run.model.train(was_training)
 
 
-def write_bad_rows(run: Run) -> None:
+def write_bad_rows(run) -> None:
+    """Write what was wrong with rows into a run's folder; `run` has `data` and `folder`."""
     for number, report in enumerate(run.data.bad):
         if len(report):
             report.save(run.folder.path / ("bad_rows.json", "bad_eval_rows.json")[number], overwrite=True)

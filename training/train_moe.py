@@ -27,6 +27,7 @@ from .expert_trainer import ExpertTrainer
 from .options import DataOptions, OptionHelp, OptionParser, RunOptions, as_words, close_to, default_of, option
 from .results import result_dtype
 from .run_folder import DECISIVE, RECORD, RecordCallback, RunFolder, check_same_run, checkpoint_to_resume, plain
+from .train import write_bad_rows
 
 # Rates and schedule of both papers (MoE-LLaVA, tables 2 and 9; EvoMoE, table 7); batches are a matter of the machine.
 PAPER = {
@@ -260,9 +261,7 @@ def train(run: Run) -> None:
     trainer.accelerator.wait_for_everyone()  # all have looked at the folder before it changes
     if is_main:
         folder.begin(run.record, resumes=run.checkpoint is not None)
-        for report, name in zip(run.data.bad, ("bad_rows.json", "bad_eval_rows.json"), strict=False):
-            if len(report):
-                report.save(folder.path / name, overwrite=True)
+        write_bad_rows(run)
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     if run.data.evaluation is not None:
