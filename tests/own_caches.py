@@ -1,6 +1,7 @@
 """Gives every test process a place of its own for remote code, before Transformers reads where that is.
 
-Two processes that open a folder of the same name write the same files, and one finds them half written.
+So tests write neither into the user's place nor into each other's. It stays the same for all tests of a process, since
+Python remembers where it first found the package of remote code.
 """
 
 import atexit
