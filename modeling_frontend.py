@@ -10,10 +10,11 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModal
 
 from .configuration_frontend import STOCK_PROJECTOR, STOCK_TYPE, FrontendLlavaConfig, base_type_of
 from .loading_frontend import FrontendLoadingMixin, register_frontend_names
+from .projectors_frontend import projector_class
 
 # Towers of ours, by the `model_type` of their config; any other is Transformers' own.
 VISION_TOWERS: dict[str, type[PreTrainedModel]] = {}
-# Projectors, by `projector_type`; each is built from the whole configuration.
+# Projectors, by `projector_type`; each is built from the whole configuration. For others see `projector_class`.
 PROJECTORS: dict[str, type[nn.Module]] = {STOCK_PROJECTOR: LlavaMultiModalProjector}
 
 
@@ -31,12 +32,10 @@ def build_vision_tower(config) -> PreTrainedModel:
 def build_projector(config) -> nn.Module:
     """The projector that `config.projector_type` names, (images, patches, C) to (images, tokens, D).
 
-    Raises: ValueError if it is none of `PROJECTORS`.
+    Raises: ValueError if it is neither one of `PROJECTORS` nor one that `projector_class` knows.
     """
     kind = getattr(config, "projector_type", STOCK_PROJECTOR)
-    if kind not in PROJECTORS:
-        raise ValueError(f"projector_type {kind!r} is not supported, known are {sorted(PROJECTORS)}")
-    return PROJECTORS[kind](config)
+    return (PROJECTORS[kind] if kind in PROJECTORS else projector_class(kind))(config)
 
 
 class FrontendLlavaPreTrainedModel(LlavaPreTrainedModel):
