@@ -10,6 +10,7 @@ from transformers import LlavaConfig
 from transformers.utils.versions import require_version
 
 from .calibration_roe import SkipCalibration
+from .configuration_frontend import BASE_TYPES, STOCK_PROJECTOR, check_projector_type, own_vision_config
 
 # Before the other files are imported, which use names that older versions lack.
 require_version("transformers>=5.19.0", "RoE-LLaVA needs it: pip install -U transformers")
@@ -61,6 +62,8 @@ class RoeLlavaConfig(LlavaConfig):
             all. They hold their norm and adapter alone, the others always run, and there are no routers and no routing
             tokens; `routed_layers` is then empty, `route_bias` and `skip_calibration` are `None`. `None`: routers
             decide. Read when layers are built, and at every prefill and training pass.
+        projector_type (`str`, defaults to `"mlp2x_gelu"`):
+            The base's projector, as in `FrontendLlavaConfig`. Read when the model is built.
     """
 
     model_type = "roe_llava"
@@ -73,8 +76,11 @@ class RoeLlavaConfig(LlavaConfig):
     route_bias: list[float] | None = None
     skip_calibration: dict | None = None
     skipped_layers: list[int] | None = None
+    projector_type: str = STOCK_PROJECTOR
 
     def __post_init__(self, **kwargs):
+        self.vision_config = own_vision_config(self.vision_config)
+        check_projector_type(self.projector_type)
         super().__post_init__(**kwargs)
         if isinstance(self.adapter_size, bool) or not isinstance(self.adapter_size, int) or self.adapter_size < 1:
             raise ValueError(f"adapter_size must be a positive integer, got {self.adapter_size!r}")
@@ -98,9 +104,10 @@ class RoeLlavaConfig(LlavaConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
-        """As in Transformers; a stock LLaVA's config is one that leaves the routing fields out, and no mistake."""
+        """As in Transformers; a base's config is one that leaves the routing fields out, and no mistake."""
         content, kwargs = super().get_config_dict(*args, **kwargs)
-        return (content | {"model_type": cls.model_type} if content.get("model_type") == "llava" else content), kwargs
+        is_base = content.get("model_type") in BASE_TYPES
+        return (content | {"model_type": cls.model_type} if is_base else content), kwargs
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import Cache, LlavaForConditionalGeneration, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaModel,
-    LlavaMultiModalProjector,
     LlavaPreTrainedModel,
 )
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
@@ -39,6 +38,7 @@ from .generation_roe import check_keywords
 from .grafting_roe import RoeGraftingMixin
 from .grouping_roe import RoeGroupingMixin
 from .loading_roe import RefusesFlashAttention, register_names
+from .modeling_frontend import build_projector, build_vision_tower
 from .modules_roe import RoeAdapter, RoeLinear, RoeRouter, RoeUpProjection, check_routers
 from .phases_roe import RoutingPhase, roe_loss
 from .report_roe import ROWS_PER_PROMPT, RoeReportMixin, RoutingTally
@@ -307,8 +307,8 @@ class RoeLlavaModel(RoeLlavaPreTrainedModel, LlavaModel):
     def __init__(self, config: RoeLlavaConfig):
         # Not LlavaModel.__init__, which would build a stock language model first.
         LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.vision_tower = build_vision_tower(config)
+        self.multi_modal_projector = build_projector(config)
         self.language_model = build_language_model(config)
         self.routing_phase = RoutingPhase()
         self.post_init()
