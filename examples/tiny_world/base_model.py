@@ -1,26 +1,22 @@
-"""The network: a stock LLaVA of about six million parameters, and first values that let it learn to look."""
+"""The network: a LLaVA of about six million parameters, and first values that let it learn to look."""
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from .world import CELL_PIXELS, IMAGE_PIXELS
+from ...configuration_frontend import FrontendLlavaConfig, base_type_of
+from ...modeling_frontend import base_class_of
+from .front_ends import FRONT_ENDS
+from .world import GRID
 
 EMBEDDING_STD = 0.25
 
 
-def base_config(processor: LlavaProcessor, hidden_size: int = 256, num_layers: int = 10) -> LlavaConfig:
+def base_config(
+    processor: LlavaProcessor, hidden_size: int = 256, num_layers: int = 10, front_end: str = "stock"
+) -> LlavaConfig:
     """Sizes of the base. The features of the last vision layer are used: no layer is computed in vain."""
-    tokenizer = processor.tokenizer
-    vision = CLIPVisionConfig(
-        image_size=IMAGE_PIXELS,
-        patch_size=CELL_PIXELS,
-        hidden_size=96,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        projection_dim=96,
-    )
+    tokenizer, front = processor.tokenizer, FRONT_ENDS[front_end]()
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -35,22 +31,25 @@ def base_config(processor: LlavaProcessor, hidden_size: int = 256, num_layers: i
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
     )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=processor.image_token_id,
-        image_seq_length=(IMAGE_PIXELS // CELL_PIXELS) ** 2,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-    )
+    content = {
+        "vision_config": front.vision.to_dict(),
+        "text_config": text.to_dict(),
+        "image_token_index": processor.image_token_id,
+        "image_seq_length": GRID**2,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": front.feature_strategy,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": False,
+    }
+    whole = FrontendLlavaConfig(**content, projector_type=front.projector_type)
+    return whole if base_type_of(whole.to_dict()) == whole.model_type else LlavaConfig(**content)
 
 
-def build_base(processor: LlavaProcessor, seed: int = 0, **sizes: int) -> LlavaForConditionalGeneration:
-    """A new base in float32 with first values from the seed."""
+def build_base(processor: LlavaProcessor, seed: int = 0, **sizes) -> LlavaForConditionalGeneration:
+    """A new base in float32 with first values from the seed; `sizes` are those of `base_config`."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(base_config(processor, **sizes))
+    config = base_config(processor, **sizes)
+    model = base_class_of(config.to_dict())(config)
     ease_lookups(model)
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config.bos_token_id = processor.tokenizer.bos_token_id

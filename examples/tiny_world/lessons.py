@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from .processor import ASSISTANT
-from .world import CELLS, PRACTICE, Scene, Turn, messages, questions, random_scene, render
+from .world import CELLS, IMAGE_PIXELS, PRACTICE, Scene, Turn, messages, questions, random_scene, render
 
 LOOKUPS = ("object", "object", "where", "color", "exist", "count")
 NUM_TURNS = 4
@@ -102,7 +102,7 @@ class LessonCollator:
         self.cell_ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(CELLS)))
 
     def __call__(self, examples: Sequence[dict]) -> dict[str, Tensor]:
-        """`input_ids` and `labels` (B, S), `pixel_values` (B, 3, 56, 56)."""
+        """`input_ids` and `labels` (B, S), `pixel_values` (B, 3, side, side)."""
         texts = self.processor.apply_chat_template([messages(example) for example in examples], tokenize=False)
         texts = [text.replace(self.processor.image_token, self.image_text) for text in texts]
         input_ids = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
@@ -110,10 +110,13 @@ class LessonCollator:
         # The order of a tour is random: its cell names are read, not predicted.
         on_tour = torch.tensor([example["turns"][0][2] == "tour" for example in examples])[:, None]
         labels = labels.masked_fill(on_tour & torch.isin(input_ids, self.cell_ids), IGNORED)
-        return {"input_ids": input_ids, "labels": labels, "pixel_values": pixels(examples)}
+        return {"input_ids": input_ids, "labels": labels, "pixel_values": pixels(examples, self.processor)}
 
 
-def pixels(examples: Sequence[dict]) -> Tensor:
-    """Pictures as the image processor would give them: (B, 3, 56, 56) in [-1, 1]."""
+def pixels(examples: Sequence[dict], processor: LlavaProcessor) -> Tensor:
+    """Pictures as the image processor would give them: (B, 3, side, side) in [-1, 1]."""
+    if processor.image_processor.size["height"] != IMAGE_PIXELS:
+        pictures = [example["image"] for example in examples]
+        return processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     stacked = np.stack([np.asarray(example["image"]) for example in examples])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1

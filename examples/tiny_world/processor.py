@@ -3,7 +3,8 @@
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from .world import CELL_PIXELS, CELLS, COLORS, FORMS, IMAGE_PIXELS, ROWS, SIZES
+from .front_ends import FRONT_ENDS
+from .world import CELLS, COLORS, FORMS, ROWS, SIZES
 
 PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 USER, ASSISTANT = "USER:", "ASSISTANT:"
@@ -63,17 +64,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
-    """The stock processor: pictures become 56x56, no crop, 16 image tokens each."""
-    side = {"height": IMAGE_PIXELS, "width": IMAGE_PIXELS}
+def build_processor(front_end: str = "stock") -> LlavaProcessor:
+    """The stock processor: pictures become what the tower is given (56x56 for stock), no crop, 16 image tokens each."""
+    front = FRONT_ENDS[front_end]()
+    side = {"height": front.side, "width": front.side}
     image_processor = CLIPImageProcessor(
         size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=build_tokenizer(),
-        patch_size=CELL_PIXELS,
-        vision_feature_select_strategy="default",  # drops the class token, which is the one additional token
-        num_additional_image_tokens=1,
+        patch_size=front.patch_size,
+        vision_feature_select_strategy=front.feature_strategy,
+        num_additional_image_tokens=int(front.has_class_token),
         chat_template=CHAT_TEMPLATE,
     )

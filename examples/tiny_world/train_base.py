@@ -37,8 +37,10 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ...modeling_frontend import base_class_of
 from .base_model import build_base
 from .evaluate import accuracy_by_family, family_examples, most_common_share
+from .front_ends import FRONT_ENDS
 from .lessons import LESSONS, LESSONS_AFTER, TOURS_FIRST, LessonCollator, Lessons
 from .processor import build_processor
 from .vision import align_projector, train_vision
@@ -54,13 +56,21 @@ def sdpa_in_float32(module, query, key, value, attention_mask, **kwargs):
 
 
 def save_base(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Writes model and processor in the layout of the llava-hf checkpoints, weights in bfloat16.
-
-    A model that was not loaded is saved without "vision_model." in its keys (Transformers 5.23). So the keys are put
-    right, and the model is loaded and saved again, which keeps them.
-    """
+    """Writes model and processor in the layout of the llava-hf checkpoints, weights in bfloat16."""
     raw = folder / "raw"
     model.save_pretrained(raw)
+    if type(model) is LlavaForConditionalGeneration:
+        name_as_on_the_hub(raw)
+    type(model).from_pretrained(raw, dtype=torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    shutil.rmtree(raw)
+
+
+def name_as_on_the_hub(raw: Path) -> None:
+    """Put the keys of a saved model right.
+
+    One that was not loaded is saved without "vision_model." in them (Transformers 5.23); loaded again, it keeps them.
+    """
     tower, weights = "vision_tower.", load_file(raw / "model.safetensors")
     hub = f"{tower}vision_model."  # there already if the model was loaded
     renamed = {
@@ -68,9 +78,12 @@ def save_base(model: LlavaForConditionalGeneration, processor: LlavaProcessor, f
         for key, value in weights.items()
     }
     save_file(renamed, raw / "model.safetensors", metadata={"format": "pt"})
-    LlavaForConditionalGeneration.from_pretrained(raw, dtype=torch.bfloat16).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    shutil.rmtree(raw)
+
+
+def load_base(folder: Path) -> LlavaForConditionalGeneration:
+    """A saved base in float32, whatever its front-end is."""
+    cls = base_class_of(json.loads((folder / "config.json").read_text()))
+    return cls.from_pretrained(folder, dtype=torch.float32)
 
 
 class Snapshots(TrainerCallback):
@@ -83,7 +96,7 @@ class Snapshots(TrainerCallback):
         if state.global_step % self.every:
             return
         save_base(model, self.processor, self.folder)
-        saved = LlavaForConditionalGeneration.from_pretrained(self.folder, dtype=torch.float32)
+        saved = load_base(self.folder)
         right = accuracy_by_family(saved, self.processor, 40, self.families, split="validation")
         shown = " ".join(f"{family} {100 * share:.0f}" for family, share in right.items())
         print(f"\nstep {state.global_step}: {shown} | {100 * sum(right.values()) / len(right):.1f}", flush=True)
@@ -141,7 +154,7 @@ def train_once(model, processor, options: argparse.Namespace, partial: Path, run
 def measure(folder: Path, families: tuple[str, ...], per_family: int) -> dict[str, dict[str, float]]:
     """Accuracy of the saved folder in float32: by family, with shuffled images, and of the most common answer."""
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = load_base(folder)
     right = accuracy_by_family(model, processor, per_family, families)
     blind = accuracy_by_family(model, processor, per_family, families, shuffle_images=True)
     return {
@@ -164,9 +177,10 @@ def table(by_family: dict[str, dict[str, float]]) -> str:
 
 def new_base(options: argparse.Namespace):
     """(model, processor, what its vision tower tells apart): everything but the decoder's training done."""
-    processor = build_processor()
-    model = build_base(processor, options.seed, hidden_size=options.hidden_size, num_layers=options.layers)
-    seen = train_vision(model, options.vision_steps, options.seed)
+    processor = build_processor(options.front_end)
+    sizes = {"hidden_size": options.hidden_size, "num_layers": options.layers, "front_end": options.front_end}
+    model = build_base(processor, options.seed, **sizes)
+    seen = train_vision(model, processor, options.vision_steps, options.seed)
     print("held-out cells named right:", " ".join(f"{name} {100 * share:.1f}" for name, share in seen.items()))
     align_projector(model, processor, options.projector_steps, options.seed)
     return model, processor, seen
@@ -177,8 +191,8 @@ def cut_base(start: Path, cut: list[int]):
 
     Raises: ValueError for a layer that it does not have.
     """
-    processor = build_processor()
-    model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    processor = LlavaProcessor.from_pretrained(start)
+    model = load_base(start)
     model.model.vision_tower.requires_grad_(False)
     decoder, text = model.model.language_model, model.config.text_config
     wrong = sorted(set(cut) - set(range(text.num_hidden_layers)))
@@ -209,6 +223,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--projector-steps", type=int, default=400)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--front-end", choices=tuple(FRONT_ENDS), default="stock", help="what a new base sees with")
     parser.add_argument("--families", nargs="+", choices=tuple(PRACTICE), default=tuple(PRACTICE))
     parser.add_argument("--per-family", type=int, default=250, help="held-out questions per family at the end")
     parser.add_argument("--snapshot-steps", type=int, default=400)
@@ -227,6 +242,8 @@ def main(arguments: list[str] | None = None) -> None:
     partial.mkdir(parents=True)
     torch.set_num_threads(options.threads)
     options.families = tuple(options.families)
+    if options.start is not None and options.front_end != "stock":
+        raise SystemExit(f"--front-end {options.front_end} is for a new base; that of --start stays as it is")
     if options.cut and options.start is None:
         raise SystemExit("--cut takes layers out of a trained base: name it with --start")
     start = time.perf_counter()

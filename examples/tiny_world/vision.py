@@ -4,6 +4,7 @@ A frozen, already seeing tower is what lets the decoder learn within minutes; tr
 at the level of guessing (the first noisy steps of the decoder probably destroy what the tower has).
 """
 
+import math
 import random
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from .lessons import IGNORED, pixels
-from .world import CELLS, COLORS, FORMS, SIZES, Form, Scene, random_digit, random_form, random_scene, render
+from .world import CELLS, COLORS, FORMS, GRID, SIZES, Form, Scene, random_digit, random_form, random_scene, render
 
 HEADS = {"kind": 3, "size": len(SIZES), "color": len(COLORS), "form": len(FORMS), "digit": 10, "cell": len(CELLS)}
 
@@ -24,10 +25,12 @@ def crowded_scene(rng: random.Random, split: str) -> Scene:
     return Scene(tuple(rng.choice(makers)(rng) for _ in CELLS), rng.randint(10, 40))
 
 
-def scene_batch(rng: random.Random, size: int, split: str = "train") -> tuple[list[Scene], Tensor]:
-    """Half ordinary and half crowded scenes, and their pictures (size, 3, 56, 56)."""
+def scene_batch(
+    rng: random.Random, processor: LlavaProcessor, size: int, split: str = "train"
+) -> tuple[list[Scene], Tensor]:
+    """Half ordinary and half crowded scenes, and their pictures (size, 3, side, side)."""
     scenes = [(crowded_scene if i % 2 else random_scene)(rng, split) for i in range(size)]
-    return scenes, pixels([{"image": render(scene)} for scene in scenes])
+    return scenes, pixels([{"image": render(scene)} for scene in scenes], processor)
 
 
 def cell_targets(scenes: list[Scene]) -> Tensor:
@@ -45,9 +48,25 @@ def cell_targets(scenes: list[Scene]) -> Tensor:
 
 
 def patch_features(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
-    """What the projector is given: (B, 16, width) features of the patches, without the class token."""
+    """What the projector is given: (B, patches, width) features, without the class token where there is one."""
     outputs = model.model.vision_tower(images, output_hidden_states=True)
-    return outputs.hidden_states[model.config.vision_feature_layer][:, 1:]
+    features = outputs.hidden_states[model.config.vision_feature_layer]
+    return features[:, 1:] if model.config.vision_feature_select_strategy == "default" else features
+
+
+def by_cell(features: Tensor) -> Tensor:
+    """(B, patches, width) to (B, 16, width of all patches of a cell), cells row by row."""
+    batch_size, num_patches, width = features.shape
+    per_cell = math.isqrt(num_patches) // GRID
+    grid = features.view(batch_size, GRID, per_cell, GRID, per_cell, width).transpose(2, 3)
+    return grid.reshape(batch_size, GRID * GRID, -1)
+
+
+def projected_cells(model: LlavaForConditionalGeneration, features: Tensor) -> Tensor:
+    """(B, 16, D): the image tokens, cells row by row."""
+    tokens = model.model.multi_modal_projector(features)
+    is_by_column = getattr(model.config, "projector_type", None) == "mlp_downsample"
+    return tokens.unflatten(1, (GRID, GRID)).transpose(1, 2).flatten(1, 2) if is_by_column else tokens
 
 
 def _optimizer(
@@ -60,19 +79,25 @@ def _optimizer(
 
 
 def train_vision(
-    model: LlavaForConditionalGeneration, steps: int, seed: int = 0, batch_size: int = 64
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    steps: int,
+    seed: int = 0,
+    batch_size: int = 64,
 ) -> dict[str, float]:
     """Trains the vision tower on the properties of each cell, then freezes it. The heads are thrown away.
 
     Returns: share of held-out cells ("validation") named right, by head.
     """
     rng = random.Random(f"vision/{seed}")
-    heads = nn.ModuleDict({name: nn.Linear(model.config.vision_config.hidden_size, n) for name, n in HEADS.items()})
+    with torch.no_grad():
+        width = by_cell(patch_features(model, scene_batch(random.Random(0), processor, 1)[1])).shape[-1]
+    heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in HEADS.items()})
     tower = model.model.vision_tower.train()
     optimizer, schedule = _optimizer([*tower.parameters(), *heads.parameters()], 2e-3, steps)
     for _ in (bar := tqdm(range(steps), desc="vision tower")):
-        scenes, images = scene_batch(rng, batch_size)
-        features = patch_features(model, images)
+        scenes, images = scene_batch(rng, processor, batch_size)
+        features = by_cell(patch_features(model, images))
         logits = [head(features) for head in heads.values()]
         pairs = zip(logits, cell_targets(scenes), strict=True)
         loss = sum(F.cross_entropy(x.flatten(0, 1), y.flatten(), ignore_index=IGNORED) for x, y in pairs)
@@ -82,16 +107,20 @@ def train_vision(
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     tower.requires_grad_(False).eval()
-    return vision_accuracy(model, heads, random.Random(f"vision/{seed}/validation"))
+    return vision_accuracy(model, processor, heads, random.Random(f"vision/{seed}/validation"))
 
 
 @torch.no_grad()
 def vision_accuracy(
-    model: LlavaForConditionalGeneration, heads: nn.ModuleDict, rng: random.Random, size: int = 400
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    heads: nn.ModuleDict,
+    rng: random.Random,
+    size: int = 400,
 ) -> dict[str, float]:
     """Share of held-out cells each head names right."""
-    scenes, images = scene_batch(rng, size, "validation")
-    features = patch_features(model, images)
+    scenes, images = scene_batch(rng, processor, size, "validation")
+    features = by_cell(patch_features(model, images))
     accuracy = {}
     for (name, head), target in zip(heads.items(), cell_targets(scenes), strict=True):
         right = (head(features).argmax(-1) == target)[target != IGNORED]
@@ -120,10 +149,10 @@ def align_projector(
     optimizer, schedule = _optimizer(projector.parameters(), 1e-2, steps)
     share = float("nan")
     for _ in (bar := tqdm(range(steps), desc="projector")):
-        scenes, images = scene_batch(rng, batch_size)
+        scenes, images = scene_batch(rng, processor, batch_size)
         with torch.no_grad():
             features, target = patch_features(model, images), word_sums(processor, embeddings, scenes)
-        loss = F.mse_loss(projector(features), target) / target.var()
+        loss = F.mse_loss(projected_cells(model, features), target) / target.var()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
