@@ -54,6 +54,7 @@ class Plan:
         generation: content of the new generation_config.json.
         files: the new weight files.
         padded: what was added to tensors, name to number of rows.
+        text_folder: where its tokenizer is, if not in the source's own folder.
     """
 
     source: Source
@@ -66,6 +67,7 @@ class Plan:
     generation: dict
     files: dict[str, StoredTensors]
     padded: dict[str, int]
+    text_folder: Path | None = None
 
 
 def import_original(
@@ -216,7 +218,7 @@ def write_companions(plan: Plan, folder: Path, routed: bool) -> None:
         plan.processor.save_pretrained(folder)
         check_tokens(open_tokenizer(folder), plan.tokens, folder)  # apart from config.json, which names our code
         (folder / TOKENIZER_FOLDER).mkdir()
-        copy_tokenizer_files(plan.source.folder, folder / TOKENIZER_FOLDER)
+        copy_tokenizer_files(plan.text_folder or plan.source.folder, folder / TOKENIZER_FOLDER)
     copy_licences(plan.source.folder, folder)
     if routed:
         write_code(folder)
@@ -234,7 +236,7 @@ def summary_of(plan: Plan, out: Path, written: bool) -> Summary:
             f"{len(plan.padded)} tensors hold the mean of the old ones"
         )
     if plan.processor is None:
-        lines["processor"] = f"none: {plan.source.folder} has no tokenizer"
+        lines["processor"] = f"none: {plan.text_folder or plan.source.folder} has no tokenizer"
     if plan.note:
         lines["note"] = plan.note
     added_bytes = sum(rows * tensors[n].num_bytes // tensors[n].shape[0] for n, rows in plan.padded.items())

@@ -198,7 +198,11 @@ def chat_template(text_type: str, tokenizer) -> tuple[str, bool]:
     behind an image where the tokenizer starts every text with one. One tokenized as a whole may need that blank
     written out.
     """
-    template = CHAT_TEMPLATES[text_type]
+    return fitted_template(CHAT_TEMPLATES[text_type], tokenizer)
+
+
+def fitted_template(template: str, tokenizer) -> tuple[str, bool]:
+    """A template of ours with the blank behind images that a tokenizer needs; see `chat_template`."""
     before, after = "USER: ", "\nwhat is this? ASSISTANT:"
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     wanted = [
