@@ -100,7 +100,7 @@ def plan_import(source: Source, config: VilaConfig, vision_tower: str | Path | N
     if tokenizer is not None:
         resized = config.resolution is not None
         images = vila_images(tower.preprocessor, tower.config, config.aspect, tower.folder, resized)
-        processor, note = vila_processor(tokenizer, images, made)
+        processor, note = vila_processor(tokenizer, images, made, config.text_folder)
     generation = answers_end(generation_settings(config.text_folder, made, tokens), end_ids(tokenizer))
     files = numbered({name: StoredTensors(found) for name, found in layout.files.items()})
     lines |= {"front-end": front_end_line(made, tower)}

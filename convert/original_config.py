@@ -50,7 +50,9 @@ def read_flat_config(folder: Path, allowed: tuple[str, ...] = ()) -> dict:
     if not isinstance(kind, str) or kind not in TEXT_TYPES:
         raise ValueError(f"{path} has model_type {kind!r}, expected one of {sorted(TEXT_TYPES)}")
     if "llm_cfg" in flat or (folder / "llm" / "config.json").is_file():
-        raise ValueError(f"{path} is that of a VILA-1.5 (llm_cfg, a folder for each part), which goes through import-vila")
+        raise ValueError(
+            f"{path} is that of a VILA-1.5 (llm_cfg, a folder for each part), which goes through import-vila"
+        )
     if missing := [name for name in NEEDED if type(flat.get(name)) is not int or flat[name] < 1]:
         raise ValueError(
             f"{path} has no number for {listed(missing)}, expected positive integers: is it a LLaVA config?"
@@ -83,8 +85,8 @@ def unsupported(flat: dict) -> dict[str, str]:
         reasons["mm_vision_select_feature"] = f"expected one of {sorted(SELECT)}"
     if flat.get("image_aspect_ratio") not in (None, "pad", "square"):
         reasons["image_aspect_ratio"] = (
-            "expected 'pad', or none: anything else cuts an image into tiles, as LLaVA-NeXT does and LLaVA-1.5 does not "
-            "('resize', as VILA has it, goes through import-vila)"
+            "expected 'pad', or none: anything else cuts an image into tiles, as LLaVA-NeXT does and LLaVA-1.5 does "
+            "not ('resize', as VILA has it, goes through import-vila)"
         )
     if flat.get("mm_patch_merge_type", "flat") != "flat":
         reasons["mm_patch_merge_type"] = "expected 'flat': others belong to images in tiles"

@@ -171,6 +171,7 @@ def add_special_tokens(tokenizer, old_size: int, folder: Path) -> SpecialTokens:
     tokens = SpecialTokens(*ids, new_size(old_size, max(*ids, old_size - 1) + 1), old_size)
     check_tokens(tokenizer, tokens, folder)
     tokenizer.padding_side = "left"  # the original pads right, for training; generation needs the other
+    tokenizer.init_kwargs["padding_side"] = "left"  # else it is saved only where the original's settings have it
     return tokens
 
 

@@ -259,4 +259,3 @@ def vila_config(config: VilaConfig, tower, tokens, dtype: str, provenance: dict)
     }
     FrontendLlavaConfig.from_dict(made)
     return made
-

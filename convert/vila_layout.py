@@ -150,4 +150,3 @@ def resize_positions(layout: Layout, config: VilaConfig) -> int:
     file[POSITIONS] = in_memory(old.name, made, old.file)
     config.tower.image_size = config.resolution
     return int((made == 0).all(dim=1).sum())
-

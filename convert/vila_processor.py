@@ -62,6 +62,19 @@ def prompt_template(tokenizer) -> tuple[str, bool]:
     return fitted_template(LLAMA3.replace("{start}", "" if adds_start else "{{ bos_token }}"), tokenizer)
 
 
+def drops_blanks(folder: Path) -> bool:
+    """Whether a sentencepiece model drops blanks at the ends of a text and joins several to one.
+
+    Transformers (5.23) does not read that. Llama's and Vicuna's own tokenizers keep every blank.
+    """
+    path = folder / "tokenizer.model"
+    if not path.is_file() or (folder / "tokenizer.json").is_file():
+        return False
+    from sentencepiece import sentencepiece_model_pb2  # of the extra that reads tokenizer.model at all
+
+    return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes()).normalizer_spec.remove_extra_whitespaces
+
+
 def end_ids(tokenizer) -> list[int]:
     """Ids that end an answer in Llama-3's prompt; none for others, where the config's own is right."""
     if tokenizer is None or not speaks_llama3(tokenizer):
@@ -118,10 +131,11 @@ def token_counting(side: int, num_tokens: int) -> tuple[int, int]:
     return patch, num_tokens - (side // patch) ** 2
 
 
-def vila_processor(tokenizer, images, config: dict) -> tuple[LlavaProcessor, str | None]:
+def vila_processor(tokenizer, images, config: dict, folder: Path) -> tuple[LlavaProcessor, str | None]:
     """The processor of an imported model, and what a caller should know about its prompt.
 
     Args:
+        folder: where the tokenizer is from.
         tokenizer: with its new tokens.
         images: image processor.
         config: content of the new config.json.
@@ -138,5 +152,10 @@ def vila_processor(tokenizer, images, config: dict) -> tuple[LlavaProcessor, str
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=additional + (strategy == "default"),  # one is taken off again
     )
+    if drops_blanks(folder):
+        return processor, (
+            "tokenizer.model drops blanks at the ends of a text, which Transformers keeps: tokens beside an image may "
+            "differ from the original's by a blank"
+        )
     note = None if as_trained else "the text behind an image is tokenized otherwise than the original does"
     return processor, note
