@@ -19,6 +19,7 @@ COMMANDS = {
     "import-llava": ("convert.import_llava", "turn an original LLaVA-1.5 checkpoint into the layout of llava-hf"),
     "import-moe-llava": ("convert.import_moe_llava", "turn a published MoE-LLaVA checkpoint (DeepSpeed) into ours"),
     "import-reference": ("convert.import_reference", "turn a checkpoint of the published RoE code into ours"),
+    "import-vila": ("convert.import_vila", "turn a published VILA checkpoint (v1.0 or 1.5) into a base of ours"),
     "export-reference": ("convert.export_reference", "turn a RoE checkpoint into the layout of the published code"),
     "graft": ("convert.graft", "put trained routing parts onto a LLaVA checkpoint"),
     "push": ("hub_card.push", "check a model or an adapter file and put it on the Hub, card and code included"),

@@ -27,6 +27,10 @@ ORIGINAL_KEYS = {
     r"model\.vision_tower\.vision_tower\.vision_model\.((?!.*\bposition_ids).+)": r"vision_tower.vision_model.\1",
 }
 
+# VILA 1.5: names within llm/, and within vision_tower/. A projector's names depend on its type (vila_layout.py).
+VILA_TEXT_KEYS = {name: new for name, new in ORIGINAL_KEYS.items() if "language_model" in new}
+VILA_TOWER_DROPPED = {r"vision_model\.head\..+": "SigLIP's pooling head, which image features do not go through"}
+
 # What published RoE adds to it. The two routing tokens are tensors of one row each.
 PUBLISHED_ROE_KEYS = {
     r"model\.layers\.(\d+)\.adapter_MHA_router\.expert\.0\.weight": r"language_model.model.layers.\1.router.weight",

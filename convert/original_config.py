@@ -32,9 +32,11 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 GENERIC = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 
 
-def read_flat_config(folder: Path) -> dict:
+def read_flat_config(folder: Path, allowed: tuple[str, ...] = ()) -> dict:
     """config.json of a checkpoint in the original layout.
 
+    Args:
+        allowed: entries that the caller checks itself, whatever stock LLaVA can do.
     Raises: ValueError naming the entry, what it says and what can be imported.
     """
     path = folder / "config.json"
@@ -47,12 +49,17 @@ def read_flat_config(folder: Path) -> dict:
         )
     if not isinstance(kind, str) or kind not in TEXT_TYPES:
         raise ValueError(f"{path} has model_type {kind!r}, expected one of {sorted(TEXT_TYPES)}")
+    if "llm_cfg" in flat or (folder / "llm" / "config.json").is_file():
+        raise ValueError(
+            f"{path} is that of a VILA-1.5 (llm_cfg, a folder for each part), which goes through import-vila"
+        )
     if missing := [name for name in NEEDED if type(flat.get(name)) is not int or flat[name] < 1]:
         raise ValueError(
             f"{path} has no number for {listed(missing)}, expected positive integers: is it a LLaVA config?"
         )
     for name, reason in unsupported(flat).items():
-        raise ValueError(f"{path} has {name} {flat[name]!r}, which cannot be imported: {reason}")
+        if name not in allowed:
+            raise ValueError(f"{path} has {name} {flat[name]!r}, which cannot be imported: {reason}")
     return flat
 
 
@@ -70,12 +77,16 @@ def unsupported(flat: dict) -> dict[str, str]:
     reasons = {name: reason for name, reason in found.items() if flat.get(name)}
     if flat.get("mm_projector_type", "linear") != "mlp2x_gelu":
         flat.setdefault("mm_projector_type", "linear")  # as the original reads it
-        reasons["mm_projector_type"] = "expected 'mlp2x_gelu', llava-hf's projector is two linear layers with GELU"
+        reasons["mm_projector_type"] = (
+            "expected 'mlp2x_gelu', llava-hf's projector is two linear layers with GELU; other MLPs and a linear one, "
+            "as VILA has, go through import-vila"
+        )
     if flat.get("mm_vision_select_feature", "patch") not in list(SELECT):
         reasons["mm_vision_select_feature"] = f"expected one of {sorted(SELECT)}"
     if flat.get("image_aspect_ratio") not in (None, "pad", "square"):
         reasons["image_aspect_ratio"] = (
-            "expected 'pad', or none: anything else cuts an image into tiles, as LLaVA-NeXT does and LLaVA-1.5 does not"
+            "expected 'pad', or none: anything else cuts an image into tiles, as LLaVA-NeXT does and LLaVA-1.5 does "
+            "not ('resize', as VILA has it, goes through import-vila)"
         )
     if flat.get("mm_patch_merge_type", "flat") != "flat":
         reasons["mm_patch_merge_type"] = "expected 'flat': others belong to images in tiles"

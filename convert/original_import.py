@@ -27,7 +27,7 @@ from .original_processor import (
 from .original_vision import INSIDE, Tower, check_tower_sizes, find_tower, tower_names
 from .output import check_apart, check_target, new_folder, write_json
 from .routing_parts import byte_progress
-from .source import Source, blamed_on, resolve_source
+from .source import Source, blamed_on, read_json, resolve_source
 from .state_dict import RoutingSizes, check_routing_parts, split_routing_parts
 from .summary import Summary
 from .weights import Checkpoint, StoredTensor, StoredTensors, open_checkpoint
@@ -54,6 +54,7 @@ class Plan:
         generation: content of the new generation_config.json.
         files: the new weight files.
         padded: what was added to tensors, name to number of rows.
+        text_folder: where its tokenizer is, if not in the source's own folder.
     """
 
     source: Source
@@ -66,6 +67,7 @@ class Plan:
     generation: dict
     files: dict[str, StoredTensors]
     padded: dict[str, int]
+    text_folder: Path | None = None
 
 
 def import_original(
@@ -214,12 +216,23 @@ def write_companions(plan: Plan, folder: Path, routed: bool) -> None:
     write_json(folder / "generation_config.json", plan.generation)
     if plan.processor is not None:
         plan.processor.save_pretrained(folder)
+        if "auto_map" in plan.config:
+            read_tokenizer_as_it_is(folder)
         check_tokens(open_tokenizer(folder), plan.tokens, folder)  # apart from config.json, which names our code
         (folder / TOKENIZER_FOLDER).mkdir()
-        copy_tokenizer_files(plan.source.folder, folder / TOKENIZER_FOLDER)
+        copy_tokenizer_files(plan.text_folder or plan.source.folder, folder / TOKENIZER_FOLDER)
     copy_licences(plan.source.folder, folder)
     if routed:
         write_code(folder)
+
+
+def read_tokenizer_as_it_is(folder: Path) -> None:
+    """Have tokenizer.json read as it is, as AutoTokenizer (5.23) does for a stock LLaVA.
+
+    Of a type that it does not know, it would build the named class, and LlamaTokenizer brings blanks of its own.
+    """
+    path = folder / "tokenizer_config.json"
+    write_json(path, read_json(path) | {"tokenizer_class": "TokenizersBackend"})
 
 
 def summary_of(plan: Plan, out: Path, written: bool) -> Summary:
@@ -234,7 +247,7 @@ def summary_of(plan: Plan, out: Path, written: bool) -> Summary:
             f"{len(plan.padded)} tensors hold the mean of the old ones"
         )
     if plan.processor is None:
-        lines["processor"] = f"none: {plan.source.folder} has no tokenizer"
+        lines["processor"] = f"none: {plan.text_folder or plan.source.folder} has no tokenizer"
     if plan.note:
         lines["note"] = plan.note
     added_bytes = sum(rows * tensors[n].num_bytes // tensors[n].shape[0] for n, rows in plan.padded.items())

@@ -171,6 +171,7 @@ def add_special_tokens(tokenizer, old_size: int, folder: Path) -> SpecialTokens:
     tokens = SpecialTokens(*ids, new_size(old_size, max(*ids, old_size - 1) + 1), old_size)
     check_tokens(tokenizer, tokens, folder)
     tokenizer.padding_side = "left"  # the original pads right, for training; generation needs the other
+    tokenizer.init_kwargs["padding_side"] = "left"  # else it is saved only where the original's settings have it
     return tokens
 
 
@@ -198,7 +199,11 @@ def chat_template(text_type: str, tokenizer) -> tuple[str, bool]:
     behind an image where the tokenizer starts every text with one. One tokenized as a whole may need that blank
     written out.
     """
-    template = CHAT_TEMPLATES[text_type]
+    return fitted_template(CHAT_TEMPLATES[text_type], tokenizer)
+
+
+def fitted_template(template: str, tokenizer) -> tuple[str, bool]:
+    """A template of ours with the blank behind images that a tokenizer needs; see `chat_template`."""
     before, after = "USER: ", "\nwhat is this? ASSISTANT:"
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     wanted = [

@@ -158,7 +158,7 @@ def check_tower_sizes(config: CLIPVisionConfig, folder: Path, tensors: dict[str,
             f"{path} has num_hidden_layers {config.num_hidden_layers}, found tensors of {len(layers)} layers in the "
             "vision tower: is it the config of another one? Name the right one with --vision-tower"
         )
-    patches = config.image_size // config.patch_size
+    patches, class_tokens = config.image_size // config.patch_size, int(config.model_type == "clip_vision_model")
     expected = {
         "vision_model.embeddings.patch_embedding.weight": (
             config.hidden_size,
@@ -166,7 +166,7 @@ def check_tower_sizes(config: CLIPVisionConfig, folder: Path, tensors: dict[str,
             config.patch_size,
             config.patch_size,
         ),
-        "vision_model.embeddings.position_embedding.weight": (patches**2 + 1, config.hidden_size),
+        "vision_model.embeddings.position_embedding.weight": (patches**2 + class_tokens, config.hidden_size),
     }
     for name, shape in expected.items():
         if name in tensors and tensors[name].shape != shape:

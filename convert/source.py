@@ -51,7 +51,9 @@ def download(repo_id: str, revision: str | None) -> Source:
     try:
         # Every failure of the network ends as an OSError here; other calls of the Hub client let its own errors out.
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*COMPANIONS, "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):  # never both formats: one is as large as the other
+        if not any(
+            [*folder.glob("*.safetensors"), *folder.glob("llm/*.safetensors")]
+        ):  # never both formats: one is as large as the other
             folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*COMPANIONS, "*.bin"]))
     except OSError as error:
         where = f"{repo_id} (revision {revision})" if revision else repo_id

@@ -97,14 +97,14 @@ def test_width_bias_and_activation_come_from_the_config(projector_type):
 
 def test_features_that_fill_no_square_are_refused():
     projector = build_projector(config_for("mlp_downsample", 6, 8))
-    with pytest.raises(ValueError, match="728 image features fill no square grid.*class token"):
+    with pytest.raises(ValueError, match=r"728 image features fill no square grid.*class token"):
         projector(torch.randn(1, 728, 6))
     with pytest.raises(ValueError, match="577 image features"):
         num_image_tokens("mlp_downsample", 577)
 
 
 def test_an_identity_between_two_widths_is_refused():
-    with pytest.raises(ValueError, match="features of 6 channels .* hidden size 8, expected the same width"):
+    with pytest.raises(ValueError, match=r"features of 6 channels .* hidden size 8, expected the same width"):
         build_projector(config_for("identity", 6, 8))
 
 
