@@ -85,9 +85,8 @@ def our_weights(published):
             continue
         if name.endswith("position_embedding.weight"):
             tensor = tensor[1:]
-        if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and "slow_vision_tower" not in name:
-            if not name.endswith("fast_conv.weight"):
-                tensor = tensor.flatten(1)
+        if name.startswith("align_stages_latent") and tensor.shape[2:] == (1, 1):
+            tensor = tensor.flatten(1)
         made[our_name(name)] = tensor
     return made
 
