@@ -32,9 +32,11 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 GENERIC = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 
 
-def read_flat_config(folder: Path) -> dict:
+def read_flat_config(folder: Path, supported: tuple[str, ...] = ()) -> dict:
     """config.json of a checkpoint in the original layout.
 
+    Args:
+        supported: entries that the caller knows how to read, although stock LLaVA has nothing for them.
     Raises: ValueError naming the entry, what it says and what can be imported.
     """
     path = folder / "config.json"
@@ -52,6 +54,8 @@ def read_flat_config(folder: Path) -> dict:
             f"{path} has no number for {listed(missing)}, expected positive integers: is it a LLaVA config?"
         )
     for name, reason in unsupported(flat).items():
+        if name in supported:
+            continue
         raise ValueError(f"{path} has {name} {flat[name]!r}, which cannot be imported: {reason}")
     return flat
 
@@ -60,8 +64,8 @@ def unsupported(flat: dict) -> dict[str, str]:
     """Entries of a flat config that stand for something stock LLaVA does not have, with the reason."""
     found = {
         "quantization_config": "weights have to be 16 or 32 bits wide; import those it was made from",
-        "is_multipath_encoder": "LLaVA-HR has two vision towers",
-        "vision_tower_slow": "LLaVA-HR has two vision towers",
+        "is_multipath_encoder": "it is a LLaVA-HR, which has two vision towers: use import-llava-hr",
+        "vision_tower_slow": "it is a LLaVA-HR, which has two vision towers: use import-llava-hr",
         "s2": "its image features come from several scales",
         "mm_use_im_start_end": "llava-hf puts no tokens around an image",
         "mm_use_im_patch_token": "llava-hf has one image token of its own",

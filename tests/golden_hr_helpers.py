@@ -54,7 +54,7 @@ def pixels_of(names):
     for name in names:
         levels = np.asarray(Image.open(FOLDER / name), dtype=np.float32) / 255
         made.append(((levels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1))
-    return torch.from_numpy(np.stack(made))
+    return torch.from_numpy(np.stack(made)).contiguous()
 
 
 def published_tower(case):
