@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": ("evaluation.evaluate", "score benchmarks through lmms-eval, routed beside dense"),
     "extract": ("convert.extract", "take the adapter file back out of a RoE checkpoint"),
     "import-llava": ("convert.import_llava", "turn an original LLaVA-1.5 checkpoint into the layout of llava-hf"),
+    "import-llava-hr": ("convert.import_llava_hr", "turn a published LLaVA-HR checkpoint into a base of ours"),
     "import-moe-llava": ("convert.import_moe_llava", "turn a published MoE-LLaVA checkpoint (DeepSpeed) into ours"),
     "import-reference": ("convert.import_reference", "turn a checkpoint of the published RoE code into ours"),
     "import-vila": ("convert.import_vila", "turn a published VILA checkpoint (v1.0 or 1.5) into a base of ours"),

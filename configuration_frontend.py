@@ -10,10 +10,12 @@ import re
 from transformers import LlavaConfig, PreTrainedConfig
 from transformers.utils.versions import require_version
 
+from .configuration_hr_vision import LlavaHrVisionConfig
+
 require_version("transformers>=5.19.0", "RoE-LLaVA needs it: pip install -U transformers")
 
 # Towers of ours, by `model_type`; any other is looked up among Transformers' own.
-VISION_CONFIGS: dict[str, type[PreTrainedConfig]] = {}
+VISION_CONFIGS: dict[str, type[PreTrainedConfig]] = {LlavaHrVisionConfig.model_type: LlavaHrVisionConfig}
 STOCK_PROJECTOR = "mlp2x_gelu"
 PROJECTOR_TYPE = re.compile(r"linear|identity|mlp_downsample|mlp[1-9]\d*x_gelu")
 STOCK_TYPE = "llava"

@@ -109,8 +109,8 @@ class LlavaHrVisionConfig(PreTrainedConfig):
             )
         if self.num_hidden_layers % (NUM_ADAPTERS + 1):
             raise ValueError(
-                f"fast_config.num_hidden_layers must be a multiple of {NUM_ADAPTERS + 1}, adapters sit at its quarters, "
-                f"got {self.num_hidden_layers}"
+                f"fast_config.num_hidden_layers must be a multiple of {NUM_ADAPTERS + 1}, since adapters sit at its "
+                f"quarters, got {self.num_hidden_layers}"
             )
         grids = sorted((self.fast_grid, self.slow_grid))
         if not grids[0] or grids[1] % grids[0]:

@@ -11,9 +11,10 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModal
 from .configuration_frontend import STOCK_PROJECTOR, STOCK_TYPE, FrontendLlavaConfig, base_type_of
 from .loading_frontend import FrontendLoadingMixin, register_frontend_names
 from .projectors_frontend import projector_class
+from .vision_hr import LlavaHrVisionModel
 
 # Towers of ours, by the `model_type` of their config; any other is Transformers' own.
-VISION_TOWERS: dict[str, type[PreTrainedModel]] = {}
+VISION_TOWERS: dict[str, type[PreTrainedModel]] = {LlavaHrVisionModel.config_class.model_type: LlavaHrVisionModel}
 # Projectors, by `projector_type`; each is built from the whole configuration. For others see `projector_class`.
 PROJECTORS: dict[str, type[nn.Module]] = {STOCK_PROJECTOR: LlavaMultiModalProjector}
 

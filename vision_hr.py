@@ -99,14 +99,6 @@ class LlavaHrFastTower(CLIPPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, FastEmbeddings):
-            std = self.config.initializer_range * self.config.initializer_factor
-            init.normal_(module.patch_embedding.weight, std=std)
-            init.normal_(module.position_embedding.weight, std=std)
-
     def embed(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, F, F) to what enters the first layer, (B, G * G, C)."""
         return self.pre_layrnorm(self.embeddings(pixel_values))
@@ -131,6 +123,10 @@ class LlavaHrSlowTower(ConvNextPreTrainedModel):
         return as_tokens(self.encoder(self.embeddings(pixel_values)).last_hidden_state)
 
 
+class AdapterProjection(nn.Linear):
+    """What an adapter adds goes through one: zero at first, so that a new adapter changes nothing, as published."""
+
+
 class MixtureOfResolutionAdapter(nn.Module):
     """Mixes the slow tower's map into the fast tower's tokens (LLaVA-HR, eq. 2 to 4).
 
@@ -140,9 +136,9 @@ class MixtureOfResolutionAdapter(nn.Module):
     def __init__(self, width: int, slow_width: int):
         super().__init__()
         self.slow_conv = nn.Linear(slow_width, slow_width)
-        self.slow_proj = nn.Linear(slow_width, width)
+        self.slow_proj = AdapterProjection(slow_width, width)
         self.fast_conv = nn.Conv2d(width, width, kernel_size=7, padding=3, groups=width)
-        self.fast_proj = nn.Linear(width, width)
+        self.fast_proj = AdapterProjection(width, width)
         self.gate_1 = nn.Linear(2 * width, width // 2)
         self.gate_2 = nn.Linear(width // 2, 1)
 
@@ -202,10 +198,8 @@ class LlavaHrVisionModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, MixtureOfResolutionAdapter):  # a new adapter changes nothing, as published
-            for projection in (module.fast_proj, module.slow_proj):
-                init.zeros_(projection.weight)
-                init.zeros_(projection.bias)
+        if isinstance(module, AdapterProjection):  # only leaves are visited
+            init.zeros_(module.weight)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.fast.embeddings.patch_embedding
@@ -237,9 +231,10 @@ class LlavaHrVisionModel(PreTrainedModel):
         """Raises: ValueError if images are not of the configuration's size."""
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+            shape = ", ".join(map(str, expected))
             raise ValueError(
-                f"pixel_values have shape {list(pixel_values.shape)}, expected [images, {', '.join(map(str, expected))}]"
-                ": were they made by the processor of this checkpoint?"
+                f"pixel_values have shape {list(pixel_values.shape)}, expected [images, {shape}]: were they made by "
+                "the processor of this checkpoint?"
             )
 
 

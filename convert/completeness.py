@@ -1,5 +1,6 @@
 """Whether weights are those of the model that their config describes: none missing, unknown or of another shape."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,7 +36,14 @@ def expected_shapes(config: dict) -> tuple[dict[str, tuple[int, ...]], set[str]]
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, set(model.all_tied_weights_keys)
 
 
-def check_complete(tensors: dict[str, StoredTensor], config: dict, folder: Path, source_name=None) -> None:
+def original_name(name: str) -> str:
+    """The published name of a tensor named as in memory."""
+    return renamed(name, EXPORT_KEYS) or name
+
+
+def check_complete(
+    tensors: dict[str, StoredTensor], config: dict, folder: Path, source_name: Callable[[str], str] = original_name
+) -> None:
     """Check that tensors are those of the model a config describes, no more and no less.
 
     Buffers that no model reads may be among them.
@@ -44,7 +52,7 @@ def check_complete(tensors: dict[str, StoredTensor], config: dict, folder: Path,
         tensors: name on disk to tensor, as they are to be written, or as they are.
         config: content of the config.json to be written.
         folder: where they come from, for messages.
-        source_name: gives the name that a tensor named as in memory has there; by default the original LLaVA's.
+        source_name: gives the name there of a tensor named as in memory; by default the original LLaVA's.
     Raises: ValueError naming file, tensor, what was found and what was expected; or two names of one tensor.
     """
     check_not_quantised(config, folder)
@@ -54,7 +62,7 @@ def check_complete(tensors: dict[str, StoredTensor], config: dict, folder: Path,
     found = canonical_base(base) | parts
     if missing := expected.keys() - found.keys() - tied:
         is_renamed = any(name != tensor.name for name, tensor in tensors.items())
-        names = sorted(map(source_name or original_name, missing) if is_renamed else missing)
+        names = sorted(map(source_name, missing) if is_renamed else missing)
         raise ValueError(
             f"{folder} lacks {listed(names)}, expected {len(expected)} tensors for its config, found {len(found)}: was "
             "a shard lost?"
@@ -83,8 +91,3 @@ def check_not_quantised(config: dict, folder: Path) -> None:
             "give the checkpoint they were made from. To the Hub a quantised model goes with model.push_to_hub and "
             "processor.push_to_hub"
         )
-
-
-def original_name(name: str) -> str:
-    """The published name of a tensor named as in memory."""
-    return renamed(name, EXPORT_KEYS) or name

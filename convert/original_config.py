@@ -67,8 +67,8 @@ def unsupported(flat: dict) -> dict[str, str]:
     """Entries of a flat config that stand for something stock LLaVA does not have, with the reason."""
     found = {
         "quantization_config": "weights have to be 16 or 32 bits wide; import those it was made from",
-        "is_multipath_encoder": "LLaVA-HR has two vision towers",
-        "vision_tower_slow": "LLaVA-HR has two vision towers",
+        "is_multipath_encoder": "it is a LLaVA-HR, which has two vision towers: use import-llava-hr",
+        "vision_tower_slow": "it is a LLaVA-HR, which has two vision towers: use import-llava-hr",
         "s2": "its image features come from several scales",
         "mm_use_im_start_end": "llava-hf puts no tokens around an image",
         "mm_use_im_patch_token": "llava-hf has one image token of its own",

@@ -54,7 +54,7 @@ def pixels_of(names):
     for name in names:
         levels = np.asarray(Image.open(FOLDER / name), dtype=np.float32) / 255
         made.append(((levels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1))
-    return torch.from_numpy(np.stack(made))
+    return torch.from_numpy(np.stack(made)).contiguous()
 
 
 def published_tower(case):
@@ -85,9 +85,8 @@ def our_weights(published):
             continue
         if name.endswith("position_embedding.weight"):
             tensor = tensor[1:]
-        if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and "slow_vision_tower" not in name:
-            if not name.endswith("fast_conv.weight"):
-                tensor = tensor.flatten(1)
+        if name.startswith("align_stages_latent") and tensor.shape[2:] == (1, 1):
+            tensor = tensor.flatten(1)
         made[our_name(name)] = tensor
     return made
 
