@@ -48,6 +48,9 @@ def world(request, tmp_path_factory):
     for name, parameter in model.named_parameters():
         if is_roe_parameter(name):
             parameter.data = torch.randn_like(parameter) * 0.3
+    with torch.no_grad():  # a bias under which layer 1 is skipped and layer 2 is not the same for all questions
+        logits = model.eval().float()(**asked(RoeLlavaProcessor.from_pretrained(folder / "base"))).router_logits
+    model.config.route_bias = [50.0, -50.0, (logits[:, 2, 1] - logits[:, 2, 0]).mean().item()]
     save_adapter(model, model.config, folder / "adapter", base=folder / "base")
     assert main(["graft", str(folder / "base"), str(folder / "adapter"), str(folder / "roe")]) == 0
     write_questions(folder)
@@ -56,11 +59,10 @@ def world(request, tmp_path_factory):
 
 def asked(processor):
     """A padded batch of questions."""
+    texts = ("how many circles are there?", "what is in a1?")
     chats = [
         [{"role": "user", "content": [{"type": "image", "image": one["image"]}, {"type": "text", "text": text}]}]
-        for one, text in zip(
-            family_examples("count", number), ("how many circles are there?", "what is in a1?"), strict=True
-        )
+        for one, text in zip(family_examples("count", len(texts)), texts, strict=True)
     ]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     return processor.apply_chat_template(chats, processor_kwargs={"padding": True}, **options)
@@ -125,7 +127,7 @@ def test_train_and_graft_again(world, tmp_path):
 
 def test_calibrate_stores_a_table_that_generate_reads(world, tmp_path):
     calibrate = [str(world / "roe"), str(world / "data.json"), "--out", str(tmp_path / "calibrated")]
-    assert main(["calibrate", *calibrate, "--questions", "6"]) == 0
+    assert main(["calibrate", *calibrate, "--questions", "6", "--ratios", "0.1"]) == 0
     model = RoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "calibrated").eval().float()
     inputs = asked(RoeLlavaProcessor.from_pretrained(tmp_path / "calibrated", trust_remote_code=False))
     assert model.generate(**inputs, skip_ratio=0.0, max_new_tokens=2).shape[0] == 2
