@@ -1,5 +1,6 @@
 """The shipped world: seeded, honest about its splits, and trainable by its commands."""
 
+import argparse
 import json
 import random
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from roe_llava.benchmarks import quality
 from roe_llava.convert.graft import graft
-from roe_llava.examples.tiny_world import asking, evaluate, lessons, train_base, train_roe, world
+from roe_llava.examples.tiny_world import asking, base_model, evaluate, lessons, train_base, train_roe, vision, world
+from roe_llava.examples.tiny_world.front_ends import FRONT_ENDS
 from roe_llava.examples.tiny_world.processor import build_processor
 
 SHIPPED = Path(world.__file__).parent / "checkpoint"
@@ -51,8 +54,9 @@ def test_an_unknown_split_is_named():
         world.TinyWorld("holdout", 3)
 
 
-def test_quick_batches_equal_the_processors():
-    processor, examples = build_processor(), [world.TinyWorld("train", 4)[i] for i in range(4)]
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_quick_batches_equal_the_processors(front_end):
+    processor, examples = build_processor(front_end), [world.TinyWorld("train", 4)[i] for i in range(4)]
     quick = lessons.LessonCollator(processor)(examples)
     slow = processor.apply_chat_template(
         [world.messages(example) for example in examples],
@@ -71,6 +75,31 @@ def test_labels_are_the_answers_and_their_end():
     labelled = batch["labels"][batch["labels"] != -100]
     expected = "".join(f"{answer}</s>" for _, answer, _ in example["turns"])
     assert processor.decode(labelled).replace(" ", "") == expected.replace(" ", "")
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_a_token_of_an_image_sees_its_own_cell_and_no_other(front_end, no_gradients):
+    """A change in one cell changes the features of that cell alone, as far as a tower's patches are told apart."""
+    processor = build_processor(front_end)
+    model = base_model.build_base(processor, num_layers=1, hidden_size=128, front_end=front_end)
+    projector = model.model.multi_modal_projector
+    features = torch.randn(1, 16 * (4 if front_end == "vila" else 1), projector_width(projector))
+    for cell in (0, 1, 7, 14):
+        cells = vision.by_cell(features.clone())
+        changed = features.clone()
+        for patch in range(features.shape[1]):
+            marked = torch.zeros_like(features)
+            marked[:, patch] = 1
+            if vision.by_cell(marked)[0, cell].any():
+                changed[:, patch] += 1
+        assert ((vision.by_cell(changed) != cells).any(-1)[0]).nonzero().tolist() == [[cell]]
+        moved = vision.projected_cells(model, changed) != vision.projected_cells(model, features)
+        assert moved.any(-1)[0].nonzero().tolist() == [[cell]]
+
+
+def projector_width(projector) -> int:
+    """Channels of the features that a projector is given."""
+    return projector.linear_1.in_features // (4 if hasattr(projector, "norm") else 1)
 
 
 # ------------------------------------------------------------------------------------------------- the shipped model
@@ -138,13 +167,27 @@ def test_layers_are_cut_out_of_a_base():
 
 
 @pytest.mark.slow
-def test_the_base_trains_from_scratch_by_one_command(tmp_path, capsys):
-    words = f"{tmp_path / 'base'} --steps 6 --vision-steps 20 --projector-steps 10 --layers 2 --hidden-size 128"
-    train_base.main([*words.split(), "--per-family", "4", "--snapshot-steps", "3", "--batch-size", "4"])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_a_base_trains_from_scratch_by_one_command_and_is_routed_like_the_shipped_one(tmp_path, capsys, front_end):
+    words = f"{tmp_path / 'base'} --steps 6 --vision-steps 20 --projector-steps 10 --layers 3 --hidden-size 128"
+    small = ["--per-family", "4", "--snapshot-steps", "3", "--batch-size", "4", "--front-end", front_end]
+    train_base.main([*words.split(), *small])
     assert "overall" in capsys.readouterr().out
     report = json.loads((tmp_path / "base" / "accuracy.json").read_text())
     assert set(report["families"]) == set(world.FAMILIES)
     assert not (tmp_path / "base.partial").exists()
+    if front_end == "stock":
+        return
+    base = ["--base", str(tmp_path / "base")]
+    few = ["--steps", "6", "--batch-size", "4", "--per-family", "2"]
+    train_roe.main([str(tmp_path / "roe"), *base, *few, "--no-static"])
+    record = json.loads((tmp_path / "roe" / "training.json").read_text())
+    assert {len(route) for route in record["roe"]["routes"]} == {3}
+    parser = argparse.ArgumentParser()
+    quality.add_arguments(parser)
+    searched = ["--searched-routes", "12", "--searched-examples", "4", "--seeds", "0", "--targets", "0.3"]
+    result = quality.run(parser.parse_args(["--out", str(tmp_path / "quality"), *base, *few, *searched]))
+    assert result["num_layers"] == 3 and all(run["made_with"]["base"] == "base" for run in result["runs"])
 
 
 @pytest.mark.slow
