@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from transformers.dynamic_module_utils import get_relative_import_files
 
-from .. import configuration_roe, modeling_roe_llava, processing_roe
+from .. import configuration_roe, modeling_roe_llava
 from ..loading_roe import AUTO_MAP
+from .kinds import ROE
 from .output import write_json
 from .source import blamed_on, read_json
 
@@ -211,19 +211,6 @@ def write_companions(companions: Companions, folder: Path) -> None:
         write_json(folder / "tokenizer_config.json", companions.tokenizer)
 
 
-def code_files() -> dict[str, Path]:
-    """Name to place of every file of the code that `trust_remote_code=True` loads.
-
-    The list is what Transformers itself finds by following relative imports.
-    """
-    entries = [module.__file__ for module in (configuration_roe, modeling_roe_llava, processing_roe)]
-    needed = {Path(file) for entry in entries for file in [entry, *get_relative_import_files(entry)]}
-    return {path.name: path for path in sorted(needed)}
-
-
 def write_code(folder: Path) -> list[str]:
-    """Copy the code that `trust_remote_code=True` loads; names of the files."""
-    needed = code_files()
-    for name, path in needed.items():
-        shutil.copyfile(path, folder / name)
-    return [*needed]
+    """Copy the code of a RoE model; names of the files."""
+    return ROE.write_code(folder)

@@ -9,7 +9,8 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME, listed
 from ..configuration_roe import RoeLlavaConfig
-from ..convert.folder_files import COMPANIONS, PROCESSOR_MAP, code_files
+from ..convert.folder_files import COMPANIONS, PROCESSOR_MAP
+from ..convert.kinds import ROE
 from ..convert.source import blamed_on, read_json
 from ..hub_roe import TEXT_SUFFIXES, check_text
 from ..loading_roe import AUTO_MAP
@@ -30,7 +31,7 @@ def chosen_files(folder: ModelFolder, leave_out: Iterable[str] = ()) -> dict[str
     """
     found = {path.relative_to(folder.path).as_posix(): path for path in sorted(folder.path.rglob("*"))}
     files = {name: path for name, path in found.items() if path.is_file() and not is_left_out(name, leave_out)}
-    wanted = [*COMPANIONS, *PAGE, *code_files()]
+    wanted = [*COMPANIONS, *PAGE, *ROE.code_files()]
     if folder.is_adapter:
         weights = {WEIGHTS_NAME, ABOUT_NAME}
     else:
@@ -65,7 +66,7 @@ def is_left_out(name: str, patterns: Iterable[str]) -> bool:
 
 def check_code(files: dict[str, Path], folder: Path) -> None:
     """Raises: ValueError naming a code file that is missing, or other than the installed one."""
-    installed = code_files()
+    installed = ROE.code_files()
     if missing := [name for name in installed if name not in files]:
         raise ValueError(
             f"{folder} lacks {listed(missing)}, which trust_remote_code=True runs: save model and processor again "

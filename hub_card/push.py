@@ -16,7 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..adapter_roe import ABOUT_NAME, AdapterInfo
 from ..convert.fingerprint import base_signatures
-from ..convert.folder_files import code_files, grafted_config
+from ..convert.folder_files import grafted_config
+from ..convert.kinds import ROE
 from ..convert.source import resolve_source
 from ..convert.weights import open_checkpoint
 from ..grafting_roe import base_on_hub
@@ -96,7 +97,7 @@ def plan_push(
             "file needs one"
         )
     if opened.is_adapter or update_code:
-        files |= code_files()
+        files |= ROE.code_files()
     check_code(files, opened.path)
     check_readable(files)
     if (processor := check_processor(opened)) is not None and processor.chat_template is None:

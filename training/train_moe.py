@@ -15,7 +15,7 @@ import transformers
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments
 
 from ..convert.fingerprint import describe_base
-from ..convert.moe_code import write_moe_code
+from ..convert.kinds import MOE
 from ..convert.output import new_folder, write_json
 from ..convert.source import Source, blamed_on, read_json, resolve_source
 from ..modeling_moe_llava import MoeLlavaForConditionalGeneration
@@ -298,7 +298,7 @@ def write_model(run: Run, state: dict | None = None) -> None:
         write_json(partial / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
         run.processor.save_pretrained(partial)
         if run.stage.kind != "dense":
-            write_moe_code(partial)
+            MOE.write_code(partial)
 
 
 def plan(run: Run) -> list[str]:

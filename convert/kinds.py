@@ -1,0 +1,89 @@
+"""The kinds of models that this package makes and serves, in one place.
+
+Whatever tells kinds apart (completeness, code, card, push, evaluate, serve, verify) looks here. Another kind is an
+entry in `KINDS`; where its models decide as those of an entry do (of layers, or of experts), that is all.
+"""
+
+import inspect
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .. import loading_moe, loading_roe
+from ..modeling_moe_llava import MoeLlavaForConditionalGeneration
+from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
+from ..processing_roe import RoeLlavaProcessor
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of model.
+
+    Attributes:
+        name: as a text says it; a folder of it is "a {name} checkpoint".
+        model: the class that generates; it knows its config class, which knows the `model_type`.
+        decides: what a forward pass decides: which decoder "layers" run, of an example, or which "experts", of a token.
+            Cards, tables of benchmarks and checks go by it.
+        auto_map: entry of config.json by which the Auto classes find the code.
+        processor: a class of ours; `None` where the stock one serves, which needs no code.
+        dense: class of the model that it was made from.
+    """
+
+    name: str
+    model: type[PreTrainedModel]
+    decides: Literal["layers", "experts"]
+    auto_map: dict[str, str]
+    processor: type[ProcessorMixin] | None = None
+    dense: type[PreTrainedModel] = LlavaForConditionalGeneration
+
+    @property
+    def config(self) -> type[PreTrainedConfig]:
+        return self.model.config_class
+
+    @property
+    def model_type(self) -> str:
+        return self.config.model_type
+
+    @property
+    def provenance(self) -> str:
+        """Entry of config.json that says where weights come from."""
+        return {"layers": "roe_provenance", "experts": "moe_provenance"}[self.decides]
+
+    def code_files(self) -> dict[str, Path]:
+        """Name to place of every file of the code that `trust_remote_code=True` loads.
+
+        The list is what Transformers itself finds by following relative imports.
+        """
+        entries = [inspect.getfile(cls) for cls in (self.config, self.model, self.processor) if cls is not None]
+        needed = {Path(file) for entry in entries for file in [entry, *get_relative_import_files(entry)]}
+        return {path.name: path for path in sorted(needed)}
+
+    def write_code(self, folder: Path) -> list[str]:
+        """Copy that code; names of the files."""
+        needed = self.code_files()
+        for name, path in needed.items():
+            shutil.copyfile(path, folder / name)
+        return [*needed]
+
+
+ROE = Kind("RoE", RoeLlavaForConditionalGeneration, "layers", loading_roe.AUTO_MAP, RoeLlavaProcessor)
+MOE = Kind("MoE-LLaVA", MoeLlavaForConditionalGeneration, "experts", loading_moe.AUTO_MAP)
+
+KINDS = {kind.model_type: kind for kind in (ROE, MOE)}
+
+
+def kind_of(model_type) -> Kind | None:
+    """The kind of a `model_type` as a config.json has it; `None` if it is none of ours."""
+    return KINDS.get(model_type) if isinstance(model_type, str) else None
+
+
+def listed_types(decides: str | None = None) -> str:
+    """The types of all kinds, or of those that decide of "layers" or "experts", for a message."""
+    return " or ".join(repr(name) for name, kind in KINDS.items() if decides in (None, kind.decides))
+
+
+__all__ = ["KINDS", "MOE", "ROE", "Kind", "kind_of", "listed_types"]
