@@ -25,6 +25,7 @@ class Kind:
 
     Attributes:
         name: as a text says it; a folder of it is "a {name} checkpoint".
+        title: of the model, for a commit.
         model: the class that generates; it knows its config class, which knows the `model_type`.
         decides: what a forward pass decides: which decoder "layers" run, of an example, or which "experts", of a token.
             Cards, tables of benchmarks and checks go by it.
@@ -34,6 +35,7 @@ class Kind:
     """
 
     name: str
+    title: str
     model: type[PreTrainedModel]
     decides: Literal["layers", "experts"]
     auto_map: dict[str, str]
@@ -70,8 +72,8 @@ class Kind:
         return [*needed]
 
 
-ROE = Kind("RoE", RoeLlavaForConditionalGeneration, "layers", loading_roe.AUTO_MAP, RoeLlavaProcessor)
-MOE = Kind("MoE-LLaVA", MoeLlavaForConditionalGeneration, "experts", loading_moe.AUTO_MAP)
+ROE = Kind("RoE", "RoE-LLaVA", RoeLlavaForConditionalGeneration, "layers", loading_roe.AUTO_MAP, RoeLlavaProcessor)
+MOE = Kind("MoE-LLaVA", "MoE-LLaVA", MoeLlavaForConditionalGeneration, "experts", loading_moe.AUTO_MAP)
 
 KINDS = {kind.model_type: kind for kind in (ROE, MOE)}
 

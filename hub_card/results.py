@@ -24,7 +24,7 @@ class Results:
     """What result files say.
 
     Attributes:
-        accuracy, speed, routes: blocks of Markdown.
+        accuracy, speed, routes, experts: blocks of Markdown; the last one of models with experts.
         skips: (share of (input, layer) pairs that was skipped, on what).
         scores: for the model-index.
         shares: route to share of the inputs, for the map.
@@ -40,6 +40,7 @@ class Results:
     shares: dict[str, float] = field(default_factory=dict)
     picture: Path | None = None
     data: str | None = None
+    experts: list[str] = field(default_factory=list)
 
 
 def collect(training: dict, source: str, paths: list[Path]) -> Results:

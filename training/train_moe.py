@@ -291,14 +291,21 @@ def write_model(run: Run, state: dict | None = None) -> None:
     with new_folder(run.folder.result, run.run_options.overwrite) as partial:
         if run.stage.kind != "dense":
             about = getattr(model.config, "moe_provenance", None) or {}
-            made = {"stage": run.name, "steps": run.record["steps"], "examples": run.record["examples"]}
-            model.config.moe_provenance = about | {"training": [*about.get("training", []), made]}
+            model.config.moe_provenance = about | {"training": [*about.get("training", []), summary_of(run)]}
         model.save_pretrained(partial, state_dict=stored)
         config = read_json(partial / "config.json")  # save_pretrained has put the dtype of training there
         write_json(partial / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
         run.processor.save_pretrained(partial)
         if run.stage.kind != "dense":
             MOE.write_code(partial)
+
+
+def summary_of(run: Run) -> dict:
+    """What the result's config says of the stage: nothing that only this machine knows."""
+    log = run.trainer.state.log_history
+    found = {name: entry[name] for entry in log for name in ("train_loss", "eval_loss") if name in entry}
+    made = {"stage": run.name, "steps": run.record["steps"], "examples": run.record["examples"]}
+    return made | {"data": Path(run.data_options.data).name, "measured": found}
 
 
 def plan(run: Run) -> list[str]:
