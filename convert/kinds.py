@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from transformers import LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import loading_moe, loading_roe
@@ -30,7 +36,7 @@ class Kind:
         decides: what a forward pass decides: which decoder "layers" run, of an example, or which "experts", of a token.
             Cards, tables of benchmarks and checks go by it.
         auto_map: entry of config.json by which the Auto classes find the code.
-        processor: a class of ours; `None` where the stock one serves, which needs no code.
+        processor: of a whole checkpoint; one of ours comes with code, a stock one needs none.
         dense: class of the model that it was made from.
     """
 
@@ -39,7 +45,7 @@ class Kind:
     model: type[PreTrainedModel]
     decides: Literal["layers", "experts"]
     auto_map: dict[str, str]
-    processor: type[ProcessorMixin] | None = None
+    processor: type[ProcessorMixin] = LlavaProcessor
     dense: type[PreTrainedModel] = LlavaForConditionalGeneration
 
     @property
@@ -55,12 +61,18 @@ class Kind:
         """Entry of config.json that says where weights come from."""
         return {"layers": "roe_provenance", "experts": "moe_provenance"}[self.decides]
 
+    @property
+    def has_own_processor(self) -> bool:
+        """Whether the processor is a class of this package, which a folder carries the code of."""
+        return self.processor.__module__.partition(".")[0] != "transformers"
+
     def code_files(self) -> dict[str, Path]:
         """Name to place of every file of the code that `trust_remote_code=True` loads.
 
         The list is what Transformers itself finds by following relative imports.
         """
-        entries = [inspect.getfile(cls) for cls in (self.config, self.model, self.processor) if cls is not None]
+        own = [self.config, self.model, *([self.processor] if self.has_own_processor else [])]
+        entries = [inspect.getfile(cls) for cls in own]
         needed = {Path(file) for entry in entries for file in [entry, *get_relative_import_files(entry)]}
         return {path.name: path for path in sorted(needed)}
 

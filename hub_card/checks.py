@@ -84,7 +84,7 @@ def check_auto_map(folder: ModelFolder) -> None:
         raise ValueError(f"{path} has auto_map {found}, expected {expected}: save the model again (save_pretrained)")
     path = folder.path / "processor_config.json"
     content = read_json(path) if path.is_file() else {}
-    if folder.kind.processor is None and (found := content.get("auto_map")):
+    if not folder.kind.has_own_processor and (found := content.get("auto_map")):
         raise ValueError(
             f"{path} has auto_map {found}: the processor runs code, and a {folder.kind.name} checkpoint carries that "
             "of its model alone. Save a stock processor there (LlavaProcessor)"
@@ -103,7 +103,7 @@ def check_processor(folder: ModelFolder) -> ProcessorMixin | None:
     Raises: ValueError if a whole model has none, or it does not load.
     """
     path = folder.path / "processor_config.json"
-    is_old_form = folder.kind.processor is None and (folder.path / "preprocessor_config.json").is_file()
+    is_old_form = not folder.kind.has_own_processor and (folder.path / "preprocessor_config.json").is_file()
     if not path.is_file() and not is_old_form:
         if folder.is_adapter:
             return None

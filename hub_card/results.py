@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 from ..convert.source import read_json
-from ..evaluation.comparison import ROUTING
+from ..evaluation.comparison import ROUTING, experts_markdown
 from ..examples.tiny_world.readme_table import accuracy_table, comparison, routes_sentence, timing_table
 from ..examples.tiny_world.report import percent
 
@@ -177,6 +177,9 @@ def add_lmms_eval(results: Results, content: dict, source: str) -> None:
             if kind == ROUTING:
                 results.skips.append((value, f"{where}, `{source}`"))
     results.accuracy.append("\n".join([*lines, "", f"lmms-eval, {how} (`{source}`)."]))
+    routing = content.get(ROUTING)
+    if isinstance(routing, dict) and (tables := experts_markdown(routing)):
+        results.experts.append(f"{tables}\nCounted by `roe-llava evaluate` (`{source}`).")
 
 
 def run_of(content: dict) -> tuple[str, bool]:
