@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     tasks = tasks_of(args.tasks)
     check_installed()
-    check_kind(args)
     from .comparison import experts_markdown, markdown, put_beside_scores, rows, summarize
 
     runs = {}
     if args.dense_from:
         runs["dense"] = read_run(args.dense_from)
+    check_kind(args)
     kinds = ["dense"] * bool(args.dense or args.dense_only or args.base) + ["routed"] * (not args.dense_only)
     manager = task_manager(tasks, args)
     for kind in kinds:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
+from ..benchmarks.expert_report import card_text
 from ..convert.source import read_json
 from ..evaluation.comparison import ROUTING, experts_markdown
 from ..examples.tiny_world.readme_table import accuracy_table, comparison, routes_sentence, timing_table
@@ -157,6 +158,11 @@ def add_bench(results: Results, bench: dict, source: str) -> None:
     results.speed.append("\n".join(lines))
 
 
+def add_expert_bench(results: Results, bench: dict, source: str) -> None:
+    """`roe-llava bench` of a model with experts."""
+    results.speed.append(card_text(bench, source))
+
+
 def add_lmms_eval(results: Results, content: dict, source: str) -> None:
     """lmms-eval's results file: a row per task and metric. A run that kept every layer is no score of this model."""
     how, is_dense = run_of(content)
@@ -206,7 +212,8 @@ def examples_of(content: dict, task: str) -> str | None:
 # Entries that a file has to have, to what reads it; the first that fits does.
 READERS: dict[str, Callable[[Results, dict, str], None]] = {
     "accuracy routes timing": add_demo,
-    "benchmark batches sizes setup": add_bench,
+    "benchmark batches sizes setup shape": add_bench,
+    "benchmark batches sizes setup subject": add_expert_bench,
     "base roe questions_per_family": add_tiny_training,
     "results configs": add_lmms_eval,
 }
