@@ -104,7 +104,7 @@ def answer(model, inputs, num_tokens: int, **routing) -> Answer:
     """Greedy answer of exactly so many tokens, and the logits of the prompt.
 
     Args:
-        routing: `routes` or `route_bias`, for a RoE model.
+        routing: `routes` or `route_bias`, for a RoE model; `single_expert`, for one with experts.
     """
     outputs = model(**inputs, **routing)
     written = model.generate(
