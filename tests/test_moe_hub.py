@@ -7,6 +7,7 @@ import textwrap
 import pytest
 import torch
 from convert_helpers import change_json, change_tensors, make_base, tiny_inputs, tiny_processor
+from golden_moe_helpers import FOLDER
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from test_push import author, hub, reader  # noqa: F401
 
 from roe_llava import MoeLlavaForConditionalGeneration
 from roe_llava.cli import main
+from roe_llava.convert.import_moe_llava import import_moe_llava
 from roe_llava.convert.kinds import MOE
 from roe_llava.convert.upcycle import upcycle
 from roe_llava.hub_card.card import make_card
@@ -231,3 +233,12 @@ def test_the_command_writes_the_card(folder, capsys):
     assert ModelCard((folder / "README.md").read_text()).data.license == "apache-2.0"
     assert main(["push", str(folder), "me/model", "--dry-run"]) == 0
     assert "a MoE-LLaVA checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("decoder", ["llama", "phi"])
+def test_a_card_of_an_imported_checkpoint_says_so(tmp_path, decoder):
+    import_moe_llava(FOLDER / decoder / "checkpoint", tmp_path / "moe")
+    text = make_card(open_folder(tmp_path / "moe")).text
+    model = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "moe")
+    assert "It was imported from the published layout" in text and "| base | not known; imported from `" in text
+    assert f"| parameters | {model.num_parameters():,}, of which" in text and "linear, one matrix" in text
