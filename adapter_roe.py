@@ -20,6 +20,7 @@ from torch import Tensor
 from .baked_roe import refuse_baked
 from .configuration_roe import ROUTING_FIELDS, RoeLlavaConfig
 from .identity_roe import fingerprint
+from .listing_roe import listed
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "roe_adapter.safetensors"
@@ -91,11 +92,6 @@ def once_each(entries: dict, names: dict[str, str]) -> dict:
             )
         found[new], old_names[new] = entries[old], old
     return found
-
-
-def listed(names: list[str], most: int = 3) -> str:
-    """The first few names, and how many more."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # --------------------------------------------------------------------------------------------------- sizes and checks

@@ -6,13 +6,13 @@ the same and more.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import safe_open
 from transformers.utils.hub import has_file
 
-from .adapter_roe import RoutingSizes, listed, routing_shapes, split_routing_parts
+from .listing_roe import listed
 
 # User tokens and those of organisations; real ones are longer, names like hf_hub_download hold further underscores.
 TOKEN = re.compile(r"\b(?:hf|api_org|hf_oauth)_[A-Za-z0-9]{20,}\b")
@@ -30,7 +30,7 @@ TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".md", ".py", ".yaml", ".yml")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 
 
-class RoeHubMixin:
+class HubMixin:
     """`push_to_hub` that sends nothing which would open elsewhere as another model, or not at all."""
 
     def push_to_hub(self, *args, **kwargs):
@@ -41,6 +41,13 @@ class RoeHubMixin:
         """
         check_text("config.json", self.config.to_json_string())  # before a repository is made
         return super().push_to_hub(*args, **kwargs)
+
+    def lacking_parts(self, names: Iterable[str]) -> set[str]:
+        """What decides in this model (routers and what belongs to them) and is not among the names on disk.
+
+        Each class says it: a lost one of these is worse than a tensor more or less, which are counted.
+        """
+        raise NotImplementedError
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         """Called by Transformers with the saved files, before anything is sent."""
@@ -54,9 +61,7 @@ class RoeHubMixin:
             raise ValueError(
                 f"{lost} of the model's tensors would not be in {repo_id}: was it saved with a part of its state_dict?"
             )
-        is_baked = self.config.skipped_layers is not None  # its routers and routing tokens are gone for good
-        expected = () if is_baked else routing_shapes(RoutingSizes.of_config(self.config)).keys()
-        if absent := sorted(set(expected) - split_routing_parts(names)[1].keys()):
+        if absent := sorted(self.lacking_parts(names)):
             raise ValueError(f"{listed(absent)} would not be in {repo_id}: was it saved with a part of its state_dict?")
         if not (folder / "model.safetensors").is_file():
             check_not_hidden(repo_id, kwargs.get("revision"), kwargs.get("token"))
@@ -143,4 +148,4 @@ def strings_of(content, where: str = "") -> Iterator[tuple[str, str]]:
             yield from strings_of(value, f"{where}[{index}]")
 
 
-__all__ = ["RoeHubMixin", "check_text", "check_texts"]
+__all__ = ["HubMixin", "check_text", "check_texts"]

@@ -1,7 +1,12 @@
 """How a MoE-LLaVA is opened and saved: nothing is left at random in silence, and a folder carries its own code."""
 
+import re
+
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from .hub_roe import HubMixin
+from .listing_roe import listed
 
 # What opens a saved folder. `AutoModel` gives the generative class, as is usual for remote code.
 AUTO_MAP = {
@@ -17,7 +22,7 @@ PLACES = ("cache_dir", "revision", "token", "subfolder", "local_files_only", "pr
 PARALLEL = ("tp_plan", "tp_size", "distributed_config")
 
 
-class MoeLoadingMixin:
+class MoeLoadingMixin(HubMixin):
     """`from_pretrained` that refuses incomplete checkpoints, `save_pretrained` that names the code."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -48,15 +53,26 @@ class MoeLoadingMixin:
             raise ValueError(missing_weights_message(source, missing, config))
         return (model, info) if output_loading_info else model
 
+    def lacking_parts(self, names) -> set[str]:
+        """Tensors of experts and routers, as names from the layer on, that are not among those on disk."""
+        expected, found = (
+            {within_layer(name) for name in some if is_moe_parameter(name)} for some in (self.state_dict(), names)
+        )
+        return expected - found
+
 
 def is_moe_parameter(name: str) -> bool:
     """Whether a parameter (in memory or on disk) belongs to experts or a router."""
     return any(part in name for part in MOE_PARTS)
 
 
+def within_layer(name: str) -> str:
+    """A name from its layer on, which memory and disk have in common."""
+    return re.sub(r"^.*?\blayers\.", "layers.", name)
+
+
 def missing_weights_message(source, missing: list[str], config: dict) -> str:
     """What is missing, and why that may be."""
-    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     if config.get("model_type") == "llava":
         cause = f"it is a dense LLaVA, which roe-llava upcycle {source} OUT turns into one with experts"
     elif str(config.get("model_type")).startswith("moe_llava_"):
@@ -64,8 +80,8 @@ def missing_weights_message(source, missing: list[str], config: dict) -> str:
     else:
         cause = "was a shard lost, or does moe_layers name other layers than were saved?"
     return (
-        f"{source} (model_type {config.get('model_type')!r}) lacks {len(missing)} tensors of this model: {shown}. They "
-        f"are not made up: {cause}"
+        f"{source} (model_type {config.get('model_type')!r}) lacks {len(missing)} tensors of this model: "
+        f"{listed(missing, 5)}. They are not made up: {cause}"
     )
 
 

@@ -5,7 +5,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
-from .hub_roe import RoeHubMixin
+from .adapter_roe import RoutingSizes, routing_shapes, split_routing_parts
+from .hub_roe import HubMixin
 
 logger = logging.get_logger(__name__)
 # Below Transformers' own logger, so that its verbosity decides, whatever module this file is loaded as.
@@ -23,7 +24,7 @@ AUTO_MAP = {
 ROE_PARTS = (".router.", ".adapter.", ".routing_tokens.")
 
 
-class RoeLoadingMixin(RoeHubMixin):
+class RoeLoadingMixin(HubMixin):
     """`from_pretrained` that refuses incomplete checkpoints, `save_pretrained` that names the code."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -52,6 +53,13 @@ class RoeLoadingMixin(RoeHubMixin):
             )
         model.tell_what_is_routed()
         return (model, info) if output_loading_info else model
+
+    def lacking_parts(self, names) -> set[str]:
+        """Names in memory of the routing parts that are not among those on disk."""
+        if self.config.skipped_layers is not None:  # baked: its routers and routing tokens are gone for good
+            return set()
+        expected = routing_shapes(RoutingSizes.of_config(self.config)).keys()
+        return expected - split_routing_parts(dict.fromkeys(names))[1].keys()
 
     def tell_what_is_routed(self) -> None:
         """Say, at log level info, how many layers are routed and what that adds to the base."""

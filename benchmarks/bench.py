@@ -3,7 +3,7 @@
 Stock LLaVA, RoE with every layer kept, with given shares skipped and with its own routes, and stock LLaVA with layers
 removed for good, all on the same weights, interleaved in one process; prefill and decoding apart, several batch sizes,
 rows that share a route and rows that do not. Writes JSON and a plot, prints a table; in a clone, the tables of
-benchmarks/README.md are made anew.
+benchmarks/README.md are made anew. With experts (`--experts`, `--moe`) it is `expert_bench` that measures.
 """
 
 import argparse
@@ -23,7 +23,7 @@ QUICK_GRID, QUICK_ROUNDS, QUICK_TOKENS = {1: (0.0, 0.25), 2: (0.0, 0.25)}, 2, 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `roe-llava bench`; defaults that are not told here are the shape's (`shapes.SHAPES`)."""
     several = {"nargs": "+", "metavar": "N"}
-    parser.add_argument("--shape", choices=NAMES, default="tiny", help="model to measure (%(default)s)")
+    parser.add_argument("--shape", choices=NAMES, help="model to measure (tiny)")
     parser.add_argument("--skip", type=float, help="shares of layers to skip, 0.25 for a quarter", **several)
     parser.add_argument("--batch", type=int, help="batch sizes (1 2 4 8)", **several)
     parser.add_argument("--rounds", type=int, help="runs of every system")
@@ -36,7 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the order of runs (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON to write (in a clone benchmarks/results/SHAPE.json)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    add_expert_arguments(parser)
     parser.add_argument("--report", action="store_true", help="measure nothing: tables and plots from the JSON files")
+
+
+def add_expert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that measure experts in place of routes over layers."""
+    experts = parser.add_argument_group("experts, beside the dense base and with every experts implementation")
+    experts.add_argument("--experts", type=int, metavar="E", help="experts per layer: measure the shape with experts")
+    experts.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token (%(default)s)")
+    experts.add_argument("--layers", default="alternate", help="layers that get experts, as in upcycle (%(default)s)")
+    experts.add_argument("--router", choices=("linear", "token_aware"), default="linear", help="(%(default)s)")
+    experts.add_argument("--moe", help="a checkpoint with experts, folder or Hub id, in place of a shape")
+    experts.add_argument("--base", help="of --moe: the dense LLaVA it was made from")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,8 +63,16 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--report reads {RESULTS} and writes there: leave --out out")
         report.report_all(RESULTS)
         return
-    out = args.out or default_out(args.shape, args.compile)
+    if args.base and not args.moe:
+        raise ValueError(f"--base {args.base} given without --moe, the checkpoint with experts that was made from it")
     check_arguments(args)
+    if args.moe or args.experts:
+        from . import expert_bench
+
+        expert_bench.run(args, (tuple(QUICK_GRID), QUICK_ROUNDS, QUICK_TOKENS))
+        return
+    args.shape = args.shape or "tiny"
+    out = args.out or default_out(args.shape, args.compile)
     report.check_out(out, args.overwrite)
     result = measured(args)
     report.save(result, out, args.overwrite)

@@ -1,22 +1,21 @@
 """The code that a folder carries for `trust_remote_code=True`, found and copied."""
 
+import inspect
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .. import configuration_frontend, modeling_frontend
+from ..modeling_frontend import FrontendLlavaForConditionalGeneration
 
 
-def code_of(*modules: ModuleType) -> dict[str, Path]:
-    """Name to place of every file that modules need.
+def code_of(*classes: type) -> dict[str, Path]:
+    """Name to place of every file that classes need.
 
     The list is what Transformers itself finds by following relative imports.
     """
-    needed = {
-        Path(file) for module in modules for file in [module.__file__, *get_relative_import_files(module.__file__)]
-    }
+    entries = [inspect.getfile(cls) for cls in classes]
+    needed = {Path(file) for entry in entries for file in [entry, *get_relative_import_files(entry)]}
     return {path.name: path for path in sorted(needed)}
 
 
@@ -29,4 +28,5 @@ def copy_code(files: dict[str, Path], folder: Path) -> list[str]:
 
 def write_frontend_code(folder: Path) -> list[str]:
     """Copy the code of a base with a front-end of ours; names of the files."""
-    return copy_code(code_of(configuration_frontend, modeling_frontend), folder)
+    cls = FrontendLlavaForConditionalGeneration
+    return copy_code(code_of(cls.config_class, cls), folder)

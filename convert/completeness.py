@@ -4,12 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import LlavaForConditionalGeneration
 
-from ..modeling_frontend import FrontendLlavaForConditionalGeneration
-from ..modeling_moe_llava import MoeLlavaForConditionalGeneration
-from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
+from ..modeling_frontend import base_class_of
 from .keys import EXPORT_KEYS, renamed
+from .kinds import kind_of
 from .made_tensors import check_dtype
 from .source import blamed_on
 from .state_dict import canonical_base, listed, split_routing_parts
@@ -24,13 +22,8 @@ def expected_shapes(config: dict) -> tuple[dict[str, tuple[int, ...]], set[str]]
     Args:
         config: content of its config.json.
     """
-    own = (
-        RoeLlavaForConditionalGeneration,
-        MoeLlavaForConditionalGeneration,
-        FrontendLlavaForConditionalGeneration,
-    )
-    classes = {cls.config_class.model_type: cls for cls in own}
-    cls = classes.get(config["model_type"], LlavaForConditionalGeneration)
+    kind = kind_of(config["model_type"])
+    cls = base_class_of(config) if kind is None else kind.model
     with torch.device("meta"):
         model = cls(cls.config_class.from_dict(config))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, set(model.all_tied_weights_keys)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from .. import configuration_roe, modeling_roe_llava, processing_roe
+from .. import configuration_roe, modeling_roe_llava
 from ..configuration_frontend import A_BASE, BASE_TYPES
 from ..loading_roe import AUTO_MAP
-from .code_files import code_of, copy_code
+from .kinds import ROE
 from .output import write_json
 from .source import blamed_on, read_json
 
@@ -213,11 +213,6 @@ def write_companions(companions: Companions, folder: Path) -> None:
         write_json(folder / "tokenizer_config.json", companions.tokenizer)
 
 
-def code_files() -> dict[str, Path]:
-    """Name to place of every file of the code that `trust_remote_code=True` loads."""
-    return code_of(configuration_roe, modeling_roe_llava, processing_roe)
-
-
 def write_code(folder: Path) -> list[str]:
-    """Copy the code that `trust_remote_code=True` loads; names of the files."""
-    return copy_code(code_files(), folder)
+    """Copy the code of a RoE model; names of the files."""
+    return ROE.write_code(folder)

@@ -9,8 +9,8 @@ from pathlib import Path
 from ..configuration_moe_llava import MoeLlavaConfig
 from .arguments import add_common_arguments, common_options
 from .completeness import check_complete
+from .kinds import MOE
 from .made_tensors import numbered, stream_files
-from .moe_code import write_moe_code
 from .moe_config import is_dense, moe_fields, moe_llava_config, notes, published_text_config, read_published_config
 from .moe_layout import INSIDE, rename_published
 from .original_config import DTYPES, check_sizes, llava_config
@@ -70,7 +70,7 @@ def import_moe_llava(
             stream_files(plan.files, folder, progress)
             write_companions(plan, folder, routed=False)
             if not is_dense(flat):
-                write_moe_code(folder)
+                MOE.write_code(folder)
     summary = summary_of(plan, out, not dry_run)
     summary.lines |= notes(flat)
     return summary

@@ -16,8 +16,8 @@ from ..routers_moe import ROUTERS, RouterLinear
 from .arguments import add_common_arguments, common_options
 from .completeness import check_complete
 from .folder_files import Companions, find_companions, write_companions
+from .kinds import MOE
 from .made_tensors import in_memory, numbered, stream_files
-from .moe_code import write_moe_code
 from .moe_config import moe_llava_config
 from .moe_layout import pack_layer
 from .original_layout import Layout
@@ -101,7 +101,7 @@ def upcycle(
             stream_files(plan.files, folder, progress)
             write_json(folder / "config.json", plan.config)
             write_companions(plan.companions, folder)
-            write_moe_code(folder)
+            MOE.write_code(folder)
     return summary_of(plan, out, written=not dry_run)
 
 

@@ -20,15 +20,18 @@ from ..configuration_frontend import FrontendLlavaConfig
 from ..grafting_roe import no_warning_of_missing_parts
 from ..modeling_frontend import base_class_of
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
+from . import verify_experts
 from .adapter_file import ABOUT_NAME
 from .completeness import check_complete
 from .fingerprint import base_signatures, base_tensors, fingerprint
 from .folder_files import read_base_config
+from .kinds import Kind, kind_of
 from .original_processor import read_generation_config
 from .output import write_json
 from .routing_parts import byte_progress, open_routing_parts
 from .source import Source, read_json, resolve_source
 from .state_dict import difference, listed
+from .upcycle import read_dense_config
 from .verify_prompts import Answer, agreement, answer, batch_of, executed_layers, prompts_for, stock_twin
 from .weights import open_checkpoint
 
@@ -97,8 +100,8 @@ def verify(
 
     Args:
         base: llava-hf checkpoint, a folder or a Hub id.
-        roe: adapter file or RoE checkpoint, likewise; without one, untrained parts stand in, and what depends on
-            trained ones is left out.
+        roe: adapter file or RoE checkpoint, likewise; or a model with experts that is upcycled and untrained. Without
+            one, untrained routing parts stand in, and what depends on trained ones is left out.
         revision, roe_revision: of Hub ids.
         device: of torch; "auto" takes an accelerator if there is one.
         dtype: "float32", "bfloat16", ...; "auto" takes the one the base is stored in.
@@ -106,23 +109,32 @@ def verify(
         repeats: timed runs per prompt and model; 0 to time nothing.
         show: called with each verdict as it comes.
     Returns: the report.
-    Raises: ValueError if a checkpoint cannot be opened at all.
+    Raises: ValueError if a checkpoint cannot be opened at all, or has experts that need not answer as the base does.
     """
     check_options(dtype, num_tokens, repeats)
     device = default_device() if device == "auto" else checked_device(device)
     base_source = resolve_source(base, revision)
-    config = read_base_config(base_source.folder)
     roe_source = None if roe is None else resolve_source(roe, roe_revision)
+    kind = None if roe_source is None or is_adapter(roe_source) else kind_of(verify_experts.kind_at(roe_source.folder))
+    has_experts = kind is not None and kind.decides == "experts"
+    # Other decoders may have experts than can be routed.
+    config = (read_dense_config if has_experts else read_base_config)(base_source.folder)
     read_generation_config(base_source.folder)
     check_complete(open_checkpoint(base_source.folder).tensors, config, base_source.folder)
     report = Report(setup={"device": device, "dtype": dtype, **describe_machine()})
-    if roe_source is not None:
+    if has_experts:
+        moe_config = verify_experts.check_untrained(roe_source, base_source, kind)
+        verify_experts.check_copies(report, base_source, roe_source, moe_config, show)
+    elif roe_source is not None:
         check_bytes(report, base_source, roe_source, show)
     processor = load_processor(base_source, FrontendLlavaConfig.from_dict(config).image_token_index)
     stock = load_stock(base_source, dtype, device)
     prompts = prompts_for(processor, stock)
     expected = {name: answer(stock, inputs, num_tokens) for name, inputs in prompts.items()}
     check_answers(expected, base_source, stock.dtype)
+    if has_experts:
+        verify_with_experts(report, roe_source, kind, stock, processor, prompts, expected, num_tokens, repeats, show)
+        return report
     if roe_source is None or not is_adapter(roe_source):
         stock = free(stock)
     model = load_roe(base_source, roe_source, stock, dtype, device)
@@ -135,6 +147,20 @@ def verify(
         routing = {} if roe_source is not None else {"route_bias": float("inf")}
         time_both(report, model, stock or stock_twin(model), prompts, num_tokens, repeats, routing, show)
     return report
+
+
+def verify_with_experts(
+    report: Report, moe: Source, kind: Kind, stock, processor, prompts, expected, num_tokens: int, repeats: int, show
+) -> None:
+    """All that is checked of a model with experts once the stock model has answered."""
+    device, dtype = stock.device, stock.dtype
+    if not repeats:
+        free(stock)
+    model = verify_experts.load(moe, kind, dtype, device)
+    verify_experts.check_answers(report, model, prompts, expected, num_tokens, ROUNDING[model.dtype], show)
+    check_batch(report, model, processor, prompts, num_tokens, show)
+    if repeats:
+        verify_experts.time_both(report, model, stock, prompts, num_tokens, repeats, show)
 
 
 def check_options(dtype: str, num_tokens: int, repeats: int) -> None:
@@ -356,7 +382,9 @@ def time_both(report: Report, model, stock, prompts: dict, num_tokens: int, repe
 def add_arguments(parser) -> None:
     """Arguments of the command."""
     parser.add_argument("base", metavar="BASE", help="llava-hf checkpoint: a folder or a Hub id")
-    parser.add_argument("roe", metavar="ROE", nargs="?", help="adapter folder or RoE checkpoint made for it")
+    parser.add_argument(
+        "roe", metavar="ROE", nargs="?", help="what was made of it: adapter folder, RoE checkpoint, upcycled model"
+    )
     parser.add_argument("--revision", help="revision of BASE on the Hub")
     parser.add_argument("--roe-revision", help="revision of ROE on the Hub")
     parser.add_argument("--device", default="auto", help="torch device (%(default)s: an accelerator if there is one)")

@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from ..grafting_roe import share_tensors
 from ..modeling_frontend import base_class_of
+from .kinds import kind_of
 
 # Question to whether it comes with the image.
 PROMPTS = {
@@ -105,7 +106,7 @@ def answer(model, inputs, num_tokens: int, **routing) -> Answer:
     """Greedy answer of exactly so many tokens, and the logits of the prompt.
 
     Args:
-        routing: `routes` or `route_bias`, for a RoE model.
+        routing: `routes` or `route_bias`, for a RoE model; `single_expert`, for one with experts.
     """
     outputs = model(**inputs, **routing)
     written = model.generate(
@@ -118,13 +119,14 @@ def answer(model, inputs, num_tokens: int, **routing) -> Answer:
         return_dict_in_generate=True,
         output_logits=True,
     )
-    logits = getattr(outputs, "router_logits", None)
+    kind, logits = kind_of(model.config.model_type), getattr(outputs, "router_logits", None)
+    routes_layers = kind is not None and kind.decides == "layers"  # of experts, routers say something else
     return Answer(
         outputs.logits.float().cpu(),
         torch.stack(written.logits, dim=1).float().cpu(),
         written.sequences[:, -num_tokens:].tolist(),
-        getattr(outputs, "routes", None) if model.config.model_type == "roe_llava" else None,
-        None if logits is None else (logits[..., 0] - logits[..., 1]).abs().float().cpu(),
+        getattr(outputs, "routes", None) if routes_layers else None,
+        (logits[..., 0] - logits[..., 1]).abs().float().cpu() if routes_layers and logits is not None else None,
     )
 
 

@@ -5,7 +5,9 @@ from .suite import benchmark_of
 # Entries of lmms-eval's results that are no scores.
 NOT_SCORES = ("alias", "samples", "submission")
 ROUTING = "routing"  # where lmms-eval names a filter, in what is put beside its scores
-BESIDE_SCORES = ("skip_ratio", "distinct_routes", "seconds")
+# Of what a task's record says, those of RoE, of experts, and of all; a model has the one or the other.
+EXPERTS = ("image_busiest_expert", "text_busiest_expert", "image_text_difference")
+BESIDE_SCORES = ("skip_ratio", "distinct_routes", *EXPERTS, "seconds")
 
 
 def scores_of(task: str, result: dict) -> dict[str, float]:
@@ -26,10 +28,11 @@ def scores_of(task: str, result: dict) -> dict[str, float]:
 
 
 def put_beside_scores(results: dict, routing: dict[str, dict]) -> None:
-    """Realised skip ratio, distinct routes and seconds into lmms-eval's own results, task by task, in place."""
+    """What was decided, and seconds, into lmms-eval's own results, task by task, in place."""
     results[ROUTING] = routing
     for task, summary in routing.items():
-        results["results"].setdefault(task, {}).update({f"{name},{ROUTING}": summary[name] for name in BESIDE_SCORES})
+        found = {name: summary[name] for name in BESIDE_SCORES if summary.get(name) is not None}
+        results["results"].setdefault(task, {}).update({f"{name},{ROUTING}": value for name, value in found.items()})
 
 
 def summarize(results: dict, routing: dict[str, dict]) -> dict[str, dict]:
@@ -85,6 +88,7 @@ def row_of(task: str, score: str | None, routed: dict | None, dense: dict | None
         "difference": scores[0] - scores[1] if both else None,
         "skip_ratio": of(routed, "routing", "skip_ratio"),
         "distinct_routes": of(routed, "routing", "distinct_routes"),
+        **{name: of(routed, "routing", name) for name in EXPERTS},
         "dense_seconds": seconds[1],
         "routed_seconds": seconds[0],
         "speedup": seconds[1] / seconds[0] if None not in seconds and seconds[0] else None,
@@ -100,6 +104,9 @@ COLUMNS = {
     "difference": ("difference", "{:+.4f}"),
     "skip_ratio": ("layers skipped", "{:.1%}"),
     "distinct_routes": ("routes", "{}"),
+    "image_busiest_expert": ("busiest expert, image", "{:.1%}"),
+    "text_busiest_expert": ("busiest expert, text", "{:.1%}"),
+    "image_text_difference": ("image from text", "{:.1%}"),
     "dense_seconds": ("dense s", "{:.1f}"),
     "routed_seconds": ("routed s", "{:.1f}"),
     "speedup": ("speed-up", "{:.2f}x"),
@@ -117,4 +124,27 @@ def markdown(table: list[dict]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-__all__ = ["markdown", "put_beside_scores", "rows", "scores_of", "summarize"]
+def experts_markdown(routing: dict[str, dict]) -> str:
+    """Share of image and text tokens through every expert, layer by layer, a table per task; "" without experts.
+
+    Args:
+        routing: task to the summary of its record.
+    """
+    parts = []
+    for task, summary in routing.items():
+        layers = summary.get("experts") or {}
+        if not layers:
+            continue
+        count = max(len(one) for of_layer in layers.values() for one in of_layer.values() if one is not None)
+        names = [f"{kind} {number}" for kind in ("image", "text") for number in range(1, count + 1)]
+        lines = [["layer", *names], ["---:"] * (1 + len(names))]
+        for layer, of_layer in layers.items():
+            shares = [of_layer[kind] or [None] * count for kind in ("image", "text")]
+            lines.append([layer, *("" if one is None else f"{one:.0%}" for shown in shares for one in shown)])
+        table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        counts = f"{summary['image_tokens']:,} image and {summary['text_tokens']:,} text tokens"
+        parts.append(f"{task}: share of {counts} that goes through each expert.\n\n{table}")
+    return "\n".join(parts)
+
+
+__all__ = ["experts_markdown", "markdown", "put_beside_scores", "rows", "scores_of", "summarize"]

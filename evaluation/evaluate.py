@@ -1,5 +1,7 @@
 """`roe-llava evaluate`: benchmarks through lmms-eval, along the routes, beside the same model with every layer kept.
 
+A model with experts has no dense run of its own: beside it stands the model it was made from (`--base`).
+
 lmms-eval loads the tasks, asks and scores; `RoeLlavaHarness` answers. OUT gets lmms-eval's results of each run
 (`routed.json`, `dense.json`), the comparison as `comparison.json` and `comparison.md`, and the submission files that
 some tasks write.
@@ -19,7 +21,7 @@ INSTALL = 'pip install "roe-llava[eval]" && pip install --no-deps lmms-eval==0.7
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `roe-llava evaluate`."""
-    parser.add_argument("checkpoint", help="RoE checkpoint, folder or Hub id; with --dense-only any LLaVA")
+    parser.add_argument("checkpoint", help="checkpoint of ours, folder or Hub id; with --dense-only any LLaVA")
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -28,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(BENCHMARKS)}, all, tiny_world (made here), or any task of lmms-eval (gqa)",
     )
     parser.add_argument("--dense", action="store_true", help="run with every layer kept too, and compare")
+    parser.add_argument(
+        "--base", help="dense LLaVA to run too, and compare with: the one a model with experts came from"
+    )
+    parser.add_argument("--base-revision", help="of that base on the Hub")
     parser.add_argument("--dense-only", action="store_true", help="run with every layer kept, and nothing else")
     parser.add_argument("--dense-from", type=Path, metavar="OUT", help="compare with the dense run of an earlier OUT")
     parser.add_argument("--skip-ratio", type=float, help="share to skip, of a calibrated model (the routers decide)")
@@ -55,12 +61,13 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     tasks = tasks_of(args.tasks)
     check_installed()
-    from .comparison import markdown, put_beside_scores, rows, summarize
+    from .comparison import experts_markdown, markdown, put_beside_scores, rows, summarize
 
     runs = {}
     if args.dense_from:
         runs["dense"] = read_run(args.dense_from)
-    kinds = ["dense"] * (args.dense or args.dense_only) + ["routed"] * (not args.dense_only)
+    check_kind(args)
+    kinds = ["dense"] * bool(args.dense or args.dense_only or args.base) + ["routed"] * (not args.dense_only)
     manager = task_manager(tasks, args)
     for kind in kinds:
         results, routing = evaluate(kind == "dense", tasks, manager, args)
@@ -72,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
     if not runs:
         return
     table = rows(runs.get("routed"), runs.get("dense"))
-    text = markdown(table)
+    routing = {task: of_task["routing"] for task, of_task in runs.get("routed", {}).items()}
+    text = "\n".join(part for part in (markdown(table), experts_markdown(routing)) if part)
     write_json(args.output_dir / "comparison.json", {"command": command(), "setup": setup(args), "rows": table, **runs})
     (args.output_dir / "comparison.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nwrote {args.output_dir}")
@@ -86,6 +94,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--dense-only keeps every layer: give it without --dense, --dense-from and routing options")
     if args.dense and args.dense_from:
         raise ValueError("--dense runs what --dense-from takes from an earlier run: give one")
+    if args.base and (args.dense or args.dense_from or args.dense_only):
+        raise ValueError(
+            "--base names the dense model to compare with: give it without --dense, --dense-from, --dense-only"
+        )
+    if args.base_revision and not args.base:
+        raise ValueError(f"--base-revision {args.base_revision} given without --base")
     for name in ("batch_size", "limit"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -94,6 +108,27 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.include_path and not args.include_path.is_dir():
         raise ValueError(f"--include-path {args.include_path} is not a folder")
     args.output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def check_kind(args: argparse.Namespace) -> None:
+    """Before a model is loaded and an hour of dense answers is had.
+
+    Raises: ValueError for options that a model with experts has no use for.
+    """
+    from ..convert.kinds import kind_of
+    from .loading import checkpoint_type, no_dense_run
+
+    kind = kind_of(checkpoint_type(args.checkpoint, args.revision))
+    if kind is None or kind.decides != "experts":
+        return
+    if args.dense or args.dense_only:
+        raise ValueError(no_dense_run(args.checkpoint, kind))
+    for name in ("skip_ratio", "route_bias"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: {args.checkpoint} is a {kind.name} checkpoint, which skips no layers: "
+                "its tokens go through experts"
+            )
 
 
 def check_installed() -> None:
@@ -145,9 +180,10 @@ def evaluate(dense: bool, tasks: list[str], manager, args: argparse.Namespace) -
 
     from .harness_model import RoeLlavaHarness
 
+    is_base = dense and args.base is not None
     model_args = {
-        "pretrained": args.checkpoint,
-        "revision": args.revision,
+        "pretrained": args.base if is_base else args.checkpoint,
+        "revision": args.base_revision if is_base else args.revision,
         "dtype": args.dtype,
         "device": args.device,
         "device_map": args.device_map,
@@ -190,7 +226,7 @@ def setup(args: argparse.Namespace) -> dict:
 
     from ..benchmarks.environment import describe_machine
 
-    asked = {name: getattr(args, name) for name in ("checkpoint", "revision", "dtype", "batch_size", "limit")}
+    asked = {name: getattr(args, name) for name in ("checkpoint", "revision", "base", "dtype", "batch_size", "limit")}
     return {**asked, **describe_machine(), "lmms_eval": version("lmms_eval")}
 
 

@@ -1,4 +1,4 @@
-"""`RoeLlavaHarness`: RoE-LLaVA as a chat model of lmms-eval, through `generate` and its routes.
+"""`RoeLlavaHarness`: our models as chat models of lmms-eval, through `generate` and what it decides.
 
 lmms-eval hands over a task's requests all at once. They are batched within a task and equal generation settings,
 padded on the left by the processor, answered by `generate`, and put back into order. What routing did is on
@@ -7,6 +7,7 @@ padded on the left by the processor, answered by `generate`, and put back into o
 
 import json
 import time
+from contextlib import nullcontext
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -18,16 +19,19 @@ from loguru import logger
 from torch import Tensor
 from tqdm import tqdm
 
+from ..convert.kinds import kind_of
+from .comparison import BESIDE_SCORES
+from .expert_log import TaskExperts, count_experts, watched_experts
 from .generation_settings import cut_at, generate_keywords, stop_words
-from .loading import MODEL_TYPE, open_checkpoint, torch_dtype
+from .loading import open_checkpoint, torch_dtype
 from .processes import default_device, join_processes
-from .route_log import RouteLog
+from .route_log import RouteLog, TaskRoutes
 
 PATIENCE = 256
 
 
 class RoeLlavaHarness(lmms):
-    """A model of lmms-eval (`--model roe_llava`); it refuses to run dense unless told to."""
+    """A model of lmms-eval (`--model roe_llava`, whichever kind it is); it refuses to run dense unless told to."""
 
     is_simple = False
 
@@ -49,11 +53,11 @@ class RoeLlavaHarness(lmms):
     ) -> None:
         """
         Args:
-            pretrained, revision: folder or Hub id of a RoE checkpoint; with `dense` of any LLaVA.
+            pretrained, revision: folder or Hub id of a checkpoint of ours; with `dense` of any LLaVA without experts.
             device: where to put the model; a GPU if there is one. Not together with `device_map`.
             skip_ratio: share to skip, for a calibrated model; without it the routers decide as they were trained to.
             route_bias: added to the keep logits instead.
-            dense: keep every layer.
+            dense: keep every layer, of RoE.
             patience: after how many examples that keep every layer to stop with an error; 0 to look at the end only.
             max_batch_size: lmms-eval's, for automatic batch sizes, which there are none of here.
         Raises: ValueError for arguments that contradict each other, or a model that cannot be routed.
@@ -75,11 +79,17 @@ class RoeLlavaHarness(lmms):
             device_map=device_map if device is None else {"": device},
             attn_implementation=attn_implementation,
         )
-        self.is_routed = self._model.config.model_type == MODEL_TYPE
-        if not self.is_routed:
+        kind = kind_of(self._model.config.model_type)
+        self.decides = None if kind is None else kind.decides
+        if self.decides == "experts" and self.settings:
+            raise ValueError(f"{', '.join(self.settings)}: {pretrained} skips no layers, its tokens go through experts")
+        if self.decides != "layers":
             self.settings = {}
         self._device = self._model.device
-        self.log = self.whole_log = RouteLog(may_be_dense=dense, patience=int(patience))
+        has_experts = self.decides == "experts"
+        self.log = self.whole_log = RouteLog(
+            dense or has_experts, int(patience), TaskExperts if has_experts else TaskRoutes
+        )
         if accelerator:  # else lmms-eval makes one of its own
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
@@ -90,7 +100,7 @@ class RoeLlavaHarness(lmms):
 
     @property
     def routing_summary(self) -> dict[str, dict]:
-        """Realised skip ratio, distinct routes, seconds and more of every task so far; see `TaskRoutes.summary`."""
+        """What was decided, seconds and more, of every task so far: `TaskRoutes.summary` or `TaskExperts.summary`."""
         return self.whole_log.summary()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -127,7 +137,8 @@ class RoeLlavaHarness(lmms):
         inputs = self.inputs(batch)
         synchronize(self._device)
         before = time.perf_counter()
-        with torch.inference_mode():
+        watched = watched_experts(self._model) if self.decides == "experts" else nullcontext()
+        with torch.inference_mode(), watched as passes:
             output = self._model.generate(**inputs, **keywords, **self.settings, return_dict_in_generate=True)
         synchronize(self._device)
         seconds = time.perf_counter() - before
@@ -136,7 +147,10 @@ class RoeLlavaHarness(lmms):
         counts = self.token_counts(new_tokens)
         asked = torch.tensor([not row[-1] for row in batch])
         record = self.log.of(task)
-        record.add(self.routes_of(output, len(batch), keywords.get("num_beams", 1))[asked])
+        if self.decides == "experts":
+            count_experts(record, passes, asked, self._model)
+        else:
+            record.add(self.routes_of(output, len(batch), keywords.get("num_beams", 1))[asked])
         record.seconds += seconds
         record.new_tokens += sum(count for count, counted in zip(counts, asked.tolist(), strict=True) if counted)
         record.total_seconds += time.perf_counter() - start
@@ -170,7 +184,7 @@ class RoeLlavaHarness(lmms):
 
         Raises: RuntimeError if a routed model gave none.
         """
-        if not self.is_routed:
+        if self.decides is None:
             return torch.ones(rows, self._model.config.get_text_config().num_hidden_layers, dtype=torch.bool)
         routes = getattr(output.past_key_values, "routes", None)
         if routes is None or routes.shape[0] != rows * beams:
@@ -196,14 +210,12 @@ class RoeLlavaHarness(lmms):
     def report(self) -> None:
         """One line per task, and numbers for lmms-eval's results (`throughput`)."""
         numbers = {}
-        for task, summary in self.routing_summary.items():
-            logger.info(
-                f"{task}: {summary['examples']} examples, {summary['skip_ratio']:.1%} of layers skipped, "
-                f"{summary['distinct_routes']} routes, {summary['seconds']:.1f} s in generate"
-            )
-            if not summary["skip_ratio"] and not self.log.may_be_dense:
+        for task, record in self.whole_log.tasks.items():
+            summary = record.summary()
+            logger.info(f"{task}: {record.examples} examples, {record.told()}, {record.seconds:.1f} s in generate")
+            if not summary.get("skip_ratio", True) and not self.log.may_be_dense:
                 logger.warning(f"{task}: every example kept every layer")
-            names = ("examples", "skip_ratio", "distinct_routes", "seconds")
+            names = [name for name in ("examples", *BESIDE_SCORES) if summary.get(name) is not None]
             numbers |= {f"{task}/{name}": float(summary[name]) for name in names}
         records = self.whole_log.tasks.values()
         seconds, tokens = sum(one.seconds for one in records), sum(one.new_tokens for one in records)

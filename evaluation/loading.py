@@ -1,9 +1,9 @@
-"""Opens what is to be evaluated: a RoE checkpoint, or another one where a dense run was asked for."""
+"""Opens what is to be evaluated: a checkpoint of one of our kinds, or another one where a dense run was asked for."""
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
-MODEL_TYPE = "roe_llava"
+from ..convert.kinds import Kind, kind_of, listed_types
 
 
 def checkpoint_type(pretrained: str, revision: str | None = None) -> str:
@@ -31,24 +31,25 @@ def open_checkpoint(pretrained: str, *, revision=None, trust_remote_code=False, 
 
     Args:
         trust_remote_code: run the code that lies with the checkpoint; otherwise the installed package's classes.
-        dense: other models than RoE are welcome.
+        dense: a model without routers is welcome, and one whose every token goes through experts is not.
         load_options: for `from_pretrained` (dtype, device_map, attn_implementation); `None` counts as not given.
-    Raises: ValueError if the checkpoint is not RoE and no dense run was asked for, or it has no chat template.
+    Raises: ValueError if the checkpoint is none of our kinds and no dense run was asked for, or has experts and one
+        was; or it has no chat template.
     """
     load_options = {name: value for name, value in load_options.items() if value is not None}
     found = checkpoint_type(pretrained, revision)
-    if found != MODEL_TYPE and not dense:
+    kind = kind_of(found)
+    if kind is None and not dense:
         raise ValueError(
-            f"{pretrained} is a {found!r} checkpoint, not {MODEL_TYPE!r}: it has no routers and would run dense. Graft "
-            "routing parts onto it (roe-llava graft), or ask for a dense run: dense=True "
-            "(roe-llava evaluate --dense-only)"
+            f"{pretrained} is a {found!r} checkpoint, not {listed_types()}: it has no routers and would run dense. "
+            "Graft routing parts onto it (roe-llava graft), give it experts (roe-llava upcycle), or ask for a dense "
+            "run: dense=True (roe-llava evaluate --dense-only)"
         )
-    if found == MODEL_TYPE and not trust_remote_code:
-        from ..modeling_roe_llava import RoeLlavaForConditionalGeneration as model_class
-        from ..processing_roe import RoeLlavaProcessor as processor_class
-
-        model = model_class.from_pretrained(pretrained, revision=revision, **load_options)
-        processor = processor_class.from_pretrained(pretrained, revision=revision, trust_remote_code=False)
+    if kind is not None and kind.decides == "experts" and dense:
+        raise ValueError(no_dense_run(pretrained, kind))
+    if kind is not None and not trust_remote_code:
+        model = kind.model.from_pretrained(pretrained, revision=revision, **load_options)
+        processor = kind.processor.from_pretrained(pretrained, revision=revision, trust_remote_code=False)
     else:
         # Whether to trust is for the caller to say; a checkpoint without code loads with either.
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -57,6 +58,15 @@ def open_checkpoint(pretrained: str, *, revision=None, trust_remote_code=False, 
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"the processor of {pretrained} has no chat template: how are questions put to it?")
     return model.eval(), processor
+
+
+def no_dense_run(pretrained: str, kind: Kind) -> str:
+    """Why a model with experts cannot be run dense."""
+    return (
+        f"{pretrained} is a {kind.name} checkpoint, whose tokens go through experts: there is no dense run of it. Its "
+        "dense counterpart is the model it was made from: roe-llava evaluate --base BASE runs that beside it, "
+        "roe-llava evaluate BASE --dense-only alone"
+    )
 
 
 def torch_dtype(name: str | torch.dtype | None):
@@ -72,4 +82,4 @@ def torch_dtype(name: str | torch.dtype | None):
     return found
 
 
-__all__ = ["MODEL_TYPE", "checkpoint_type", "open_checkpoint", "torch_dtype"]
+__all__ = ["checkpoint_type", "no_dense_run", "open_checkpoint", "torch_dtype"]

@@ -8,7 +8,9 @@ def manifest():
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(
-        model_id=MODEL_NAME, chat_class_path=f"{__package__}.harness_model.RoeLlavaHarness", aliases=("roe-llava",)
+        model_id=MODEL_NAME,
+        chat_class_path=f"{__package__}.harness_model.RoeLlavaHarness",
+        aliases=("roe-llava", "moe_llava"),
     )
 
 

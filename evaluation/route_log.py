@@ -12,20 +12,39 @@ SHOWN_ROUTES = 8
 
 
 @dataclass
-class TaskRoutes:
-    """The routes of one task's examples.
+class TaskRecord:
+    """What was measured of one task, whatever the model decides.
 
     Attributes:
-        routes: how many examples took each route, written "1101": 1 for a layer that ran, layer 0 first.
         seconds: time in `generate`, the device's work included.
         total_seconds: the same with reading, picture processing and decoding to text.
         new_tokens: generated tokens, padding left out.
     """
 
-    routes: Counter = field(default_factory=Counter)
     seconds: float = 0.0
     total_seconds: float = 0.0
     new_tokens: int = 0
+
+    def merge(self, other: "TaskRecord") -> None:
+        """Take in what another process did at the same time: of two times the longer counts."""
+        self.new_tokens += other.new_tokens
+        self.seconds = max(self.seconds, other.seconds)
+        self.total_seconds = max(self.total_seconds, other.total_seconds)
+
+    def times(self) -> dict:
+        """For a results file."""
+        return {"seconds": self.seconds, "total_seconds": self.total_seconds, "new_tokens": self.new_tokens}
+
+
+@dataclass
+class TaskRoutes(TaskRecord):
+    """The routes of one task's examples.
+
+    Attributes:
+        routes: how many examples took each route, written "1101": 1 for a layer that ran, layer 0 first.
+    """
+
+    routes: Counter = field(default_factory=Counter)
 
     @property
     def examples(self) -> int:
@@ -43,11 +62,13 @@ class TaskRoutes:
         self.routes.update("".join("1" if keep else "0" for keep in row) for row in routes.tolist())
 
     def merge(self, other: "TaskRoutes") -> None:
-        """Take in what another process did at the same time: of two times the longer counts."""
+        """Take in what another process did at the same time."""
+        super().merge(other)
         self.routes += other.routes
-        self.new_tokens += other.new_tokens
-        self.seconds = max(self.seconds, other.seconds)
-        self.total_seconds = max(self.total_seconds, other.total_seconds)
+
+    def told(self) -> str:
+        """In a line."""
+        return f"{self.skip_ratio:.1%} of layers skipped, {len(self.routes)} routes"
 
     def summary(self) -> dict:
         """For a results file; shares in [0, 1]."""
@@ -56,28 +77,27 @@ class TaskRoutes:
             "examples": self.examples,
             "skip_ratio": self.skip_ratio,
             "distinct_routes": len(self.routes),
-            "seconds": self.seconds,
-            "total_seconds": self.total_seconds,
-            "new_tokens": self.new_tokens,
+            **self.times(),
             "most_common_routes": [{"route": route, "share": count / self.examples} for route, count in common],
         }
 
 
 class RouteLog:
-    """`TaskRoutes` of every task, and the refusal to go on when nothing was skipped that should have been."""
+    """The record of every task, and the refusal to go on when nothing was skipped that should have been."""
 
-    def __init__(self, may_be_dense: bool, patience: int):
+    def __init__(self, may_be_dense: bool, patience: int, record: type[TaskRecord] = TaskRoutes):
         """
         Args:
             may_be_dense: examples that keep every layer are what was asked for.
             patience: after how many examples without a skipped layer to stop; 0 to look at the end only.
+            record: what is kept of a task.
         """
-        self.tasks: dict[str, TaskRoutes] = {}
-        self.may_be_dense, self.patience = may_be_dense, patience
+        self.tasks: dict[str, TaskRecord] = {}
+        self.may_be_dense, self.patience, self.record = may_be_dense, patience, record
 
-    def of(self, task: str) -> TaskRoutes:
+    def of(self, task: str) -> TaskRecord:
         """The record of a task."""
-        return self.tasks.setdefault(task, TaskRoutes())
+        return self.tasks.setdefault(task, self.record())
 
     def check_so_far(self) -> None:
         """Raises: ValueError if none of `patience` examples or more skipped a layer."""
@@ -99,15 +119,15 @@ class RouteLog:
     @classmethod
     def merged(cls, logs: list["RouteLog"]) -> "RouteLog":
         """What several processes logged side by side; the first says what is allowed."""
-        whole = cls(logs[0].may_be_dense, logs[0].patience)
+        whole = cls(logs[0].may_be_dense, logs[0].patience, logs[0].record)
         for log in logs:
             for task, routes in log.tasks.items():
                 whole.of(task).merge(routes)
         return whole
 
     def summary(self) -> dict[str, dict]:
-        """`TaskRoutes.summary` of every task."""
-        return {task: routes.summary() for task, routes in self.tasks.items()}
+        """The summary of every task's record."""
+        return {task: record.summary() for task, record in self.tasks.items()}
 
 
-__all__ = ["RouteLog", "TaskRoutes"]
+__all__ = ["RouteLog", "TaskRecord", "TaskRoutes"]

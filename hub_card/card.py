@@ -1,11 +1,11 @@
 """`roe-llava card FOLDER`: the page of a model on the Hub, filled from its files and from results.
 
-What nobody measured or recorded is said to be unknown. `template.md` holds the words, this module the facts.
+What nobody measured or recorded is said to be unknown. `template.md` holds the words, `about_layers` and
+`about_experts` what differs between kinds of models, this module the rest.
 """
 
 import ast
 import hashlib
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,18 +15,17 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from ..adapter_roe import ABOUT_NAME
-from ..convert.folder_files import code_files
 from ..convert.output import current_umask
-from ..convert.source import read_json
-from ..identity_roe import record_name
+from . import about_experts, about_layers
 from .folder import CARD, ModelFolder, open_folder
 from .metadata import base_on_page, check_card, find_licence, metadata
 from .results import Results, collect
+from .telling import NOT_MEASURED
 
 TEMPLATE = Path(__file__).with_name("template.md")
 PICTURE = "routes.png"
-UNKNOWN = "not known"
-NOT_MEASURED = "not measured"
+# What differs from kind to kind, by what its models decide.
+ABOUT = {"layers": about_layers, "experts": about_experts}
 NO_REPO = "OWNER/NAME"  # in the code of a card that was made before it was known where it goes
 EMPTY = "[More Information Needed]"  # what Transformers' own card is full of
 
@@ -87,9 +86,9 @@ def make_card(
         code: name to place of the code files that go along; the folder's own if not given.
     Raises: ValueError if a result file is none, or the metadata would not be valid.
     """
-    training = folder.info.training or {}
+    about = ABOUT[folder.kind.decides]
     source = ABOUT_NAME if folder.is_adapter else "config.json"
-    found = collect(training, source, [*folder.path.glob("training.json"), *map(Path, results)])
+    found = collect(folder.training, source, [*folder.path.glob("training.json"), *map(Path, results)])
     image = map_of(found, folder)
     name = (repo_id or folder.path.resolve().name).rpartition("/")[2]
     known, where = (licence, "said by who made this card") if licence else find_licence(folder)
@@ -97,89 +96,27 @@ def make_card(
         metadata(folder, name, known, found.scores),
         template_path=str(TEMPLATE),
         name=name,
-        summary=summary(folder),
-        facts=facts(folder, found, known, where),
+        intro=about.INTRO,
+        summary=about.summary(folder),
+        facts=about.facts(folder, found, known, where),
         loading=loading(folder),
         snippet=snippet(folder, repo_id, revision),
-        budget=budget(folder),
+        usage=about.usage(folder),
         code=code_table(folder, code),
-        data=data_text(folder, training, found.data),
-        recipe=recipe_text(training, source),
+        data=about.data_text(folder, found.data),
+        recipe=about.recipe_text(folder, source),
         accuracy="\n\n".join(found.accuracy) or f"Accuracy: {NOT_MEASURED}.",
         speed="\n\n".join(found.speed) or f"Speed: {NOT_MEASURED}.",
-        routes=routes_text(found, image, picture),
-        limits=limits(folder, found),
+        decisions_title=about.DECISIONS,
+        decisions=about.decisions_text(folder, found, image, picture),
+        limits=about.limits(folder, found),
     )
     text = str(card).rstrip() + "\n"
     check_card(text, "the card")
     return Card(text, {} if image is None else {PICTURE: image})
 
 
-# -------------------------------------------------------------------------------------------------------------- facts
-
-
-def summary(folder: ModelFolder) -> str:
-    """What the repository holds, in a sentence or two."""
-    if folder.is_adapter:
-        return "This repository holds routers, adapters and routing tokens alone; the base is had from its own place."
-    if is_base_tuned(folder):
-        return "The base's weights were trained too, so with every layer kept it is not the LLaVA it was made from."
-    if is_base_untouched(folder):
-        return "With every layer kept it is the LLaVA it was made from."
-    return "Whether its base weights are those of a published LLaVA is not recorded."
-
-
-def is_base_untouched(folder: ModelFolder) -> bool:
-    """Whether the base weights are recorded to be those of the base; a tuned base has no fingerprint."""
-    return bool(folder.base.get("fingerprint"))
-
-
-def is_base_tuned(folder: ModelFolder) -> bool:
-    return (folder.info.training or {}).get("train_base") in ("full", "lora")
-
-
-def facts(folder: ModelFolder, found: Results, licence: str | None, where: str) -> list[tuple[str, str]]:
-    """Rows of the table at the top."""
-    info = folder.info
-    routed = "all" if info.routed_layers is None else ", ".join(map(str, info.routed_layers)) or "none"
-    added = sum(math.prod(tensor.shape) for tensor in folder.parts.values())
-    total = base_parameters(folder)
-    share = f", {added / total:.1%} of the base's {total:,}" if total else ""
-    skips = [f"{share:.1%} ({on})" for share, on in found.skips]
-    return [
-        ("base", base_text(folder)),
-        ("licence", f"{licence} ({where})" if licence else f"{UNKNOWN}: {where}; ask who made the base"),
-        ("decoder layers", f"{info.num_hidden_layers}, routed: {routed}"),
-        ("adapter width", str(info.adapter_size)),
-        ("parameters added", f"{added:,}{share}"),
-        ("skip target", f"{info.target_skip_ratio:.1%} of (example, layer) pairs"),
-        ("realised skip", "; ".join(skips) or NOT_MEASURED),
-    ]
-
-
-def base_text(folder: ModelFolder) -> str:
-    """The base, where it is, and whether its weights are untouched."""
-    base = folder.base
-    state = "its weights as they are" if is_base_untouched(folder) else f"state of its weights {UNKNOWN}"
-    if is_base_tuned(folder):
-        state = f"its weights trained too ({folder.info.training['train_base']})"
-    if base_id := base_on_page(folder):
-        return f"[{base_id}](https://huggingface.co/{base_id}) at commit `{base['revision']}`, {state}"
-    if not base.get("id"):
-        return f"{UNKNOWN}, {state}"
-    mark = f", fingerprint `{base['fingerprint'][:16]}`" if base.get("fingerprint") else ""
-    return f"`{record_name(base)}`, no repository on the Hub{mark}; {state}"
-
-
-def base_parameters(folder: ModelFolder) -> int:
-    """Parameters of the base; 0 if they are not known."""
-    if folder.is_adapter:
-        kinds = ((folder.info.base or {}).get("tensors") or {}).values()
-        shapes = [[int(one) for one in kind.partition("[")[2].partition("]")[0].split(",") if one] for kind in kinds]
-        return sum(map(math.prod, shapes))
-    return sum(math.prod(tensor.shape) for tensor in folder.checkpoint.tensors.values()) - sum(
-        math.prod(tensor.shape) for tensor in folder.parts.values()
-    )
+# ------------------------------------------------------------------------------------------------------- code, picture
 
 
 def loading(folder: ModelFolder) -> str:
@@ -198,18 +135,6 @@ def snippet(folder: ModelFolder, repo_id: str | None, revision: str | None) -> s
     return SNIPPET.format(repo_id=repo_id or NO_REPO, branch=branch, processor=own if has_processor else base)
 
 
-def budget(folder: ModelFolder) -> str:
-    """Whether `skip_ratio` can be asked for."""
-    table = folder.info.skip_calibration
-    if not table:
-        return "`generate(skip_ratio=...)` needs a calibration, which this model has not."
-    ratios = table["skip_ratio"]
-    return (
-        f"`generate(skip_ratio=...)` takes a share from {min(ratios):.0%} to {max(ratios):.0%}, calibrated on "
-        f"{table.get('questions', 'an unknown number of')} prompts; 0.0 keeps every layer."
-    )
-
-
 def code_table(folder: ModelFolder, code: Mapping[str, Path] | None = None) -> list[tuple[str, str, str]]:
     """(name, hash, first sentence of its docstring) of every file of the code.
 
@@ -217,7 +142,7 @@ def code_table(folder: ModelFolder, code: Mapping[str, Path] | None = None) -> l
         code: name to place of the files; the folder's own if not given, the installed ones where it has none.
     """
     rows = []
-    for name, installed in code_files().items():
+    for name, installed in folder.kind.code_files().items():
         path = (code or {}).get(name, folder.path / name)
         content = (path if path.is_file() else installed).read_bytes()
         text = (ast.get_docstring(ast.parse(content)) or "").partition("\n\n")[0].replace("\n", " ")
@@ -234,50 +159,6 @@ def listed_hashes(text: str) -> dict[str, str]:
     return dict(re.findall(r"^\| `(\w+\.py)` \| `([0-9a-f]{16})` \|", text, flags=re.MULTILINE))
 
 
-# ----------------------------------------------------------------------------------------------------------- training
-
-
-def data_text(folder: ModelFolder, training: dict, known: str | None) -> str:
-    """What it was trained on, from the summary, or, of one that does not name it, the record beside the folder."""
-    record = folder.path.parent / "run.json"
-    data = (read_json(record).get("data") or {}) if record.is_file() else {}
-    data = {"data": training["data"]} if isinstance(training.get("data"), str) else data
-    number = training.get("examples")
-    if number is None and {"steps", "batch_size"} <= training.keys():
-        number = training["steps"] * training["batch_size"]
-    count = f"{number:,} examples" if number else f"number of examples {UNKNOWN}"
-    if known is not None:
-        return f"{known}; {count}."
-    if file := data.get("data"):
-        return f"`{Path(file).name}`: {count}. Its licence is {UNKNOWN} to this card."
-    return f"{count[0].upper()}{count[1:]}; the record that came with the weights does not name the data."
-
-
-def is_plain(value) -> bool:
-    """Whether a recorded value fits into a cell."""
-    return isinstance(value, str | int | float) and value != ""
-
-
-def recipe_text(training: dict, source: str) -> str:
-    """The summary of the training as a table of its plain entries, sections opened one level."""
-    entries = []
-    for name, value in training.items():
-        if name == "data":  # above the table
-            continue
-        if name in ("routing", "training", "versions", "learning_rates") and isinstance(value, dict):
-            entries += [(f"{name}.{part}", one) for part, one in value.items()]
-        else:
-            entries.append((name, value))
-    rows = [(name, f"{one:.6g}" if isinstance(one, float) else one) for name, one in entries if is_plain(one)]
-    if not rows:
-        return f"How it was trained is {UNKNOWN}: no summary came with the weights."
-    lines = [f"As recorded in `{source}`:", "", "| | |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows)])
-
-
-# ------------------------------------------------------------------------------------------------------ routes, limits
-
-
 def map_of(found: Results, folder: ModelFolder) -> Path | bytes | None:
     """The picture of the routes: one drawn with the results, one in the folder, or one of the shares on record."""
     if found.picture is not None:
@@ -290,38 +171,6 @@ def map_of(found: Results, folder: ModelFolder) -> Path | bytes | None:
         return route_map(found.shares)
     report = folder.path.parent / "report" / "layers_final.png"
     return report if report.is_file() else None
-
-
-def routes_text(found: Results, image, picture: str) -> str:
-    lines = [*found.routes]
-    if image is not None:
-        lines.append(f"![Which decoder layers run]({picture})")
-    if found.shares:
-        rows = [
-            f"| `{route}` | {share:.1%} |" for route, share in sorted(found.shares.items(), key=lambda one: -one[1])
-        ]
-        lines.append("\n".join(["| route, layer 0 first | share of the questions |", "|---|---:|", *rows[:8]]))
-    return "\n\n".join(lines) or f"Routes: {NOT_MEASURED}."
-
-
-def limits(folder: ModelFolder, found: Results) -> list[str]:
-    """What the model does not do, and what nobody has looked at."""
-    unknown = [
-        *(["Accuracy was not measured: compare it with the base on your own task first."] * (not found.accuracy)),
-        *(["Speed was not measured; `roe-llava bench` does that."] * (not found.speed)),
-        *(["How much is skipped was not measured."] * (not found.skips)),
-    ]
-    return [
-        *unknown,
-        *(["Times hold for the machine named beside them."] * bool(found.speed)),
-        "Layer 0 decides before its routing tokens have read anything, so its decision is the same for every input.",
-        "Attention: eager, sdpa and flex attention; FlashAttention is refused.",
-        "No chunked prefill, continuous batching, packed prompts or `guidance_scale`: a route is decided from the "
-        "whole prompt, one per row.",
-        "In a batch every row runs its own layers, but a layer's weights are read as soon as one row needs them.",
-        "It answers as wrongly, and with the same biases, as its base does; skipping can add errors on inputs unlike "
-        "those it was trained on.",
-    ]
 
 
 def is_unwritten(text: str) -> bool:
@@ -381,7 +230,7 @@ def put(path: Path, content: bytes) -> None:
 
 def add_arguments(parser) -> None:
     """Arguments of the command."""
-    parser.add_argument("folder", metavar="FOLDER", help="RoE checkpoint or adapter file")
+    parser.add_argument("folder", metavar="FOLDER", help="checkpoint of ours, or adapter file")
     parser.add_argument("--out", help="file to write (default: FOLDER/README.md)")
     parser.add_argument("--results", nargs="+", default=[], metavar="JSON", help="of demo, bench, or lmms-eval")
     parser.add_argument("--repo-id", help="owner/name on the Hub, for the code that loads it")

@@ -8,11 +8,9 @@ from pathlib import Path, PurePosixPath
 from transformers import AutoProcessor, ProcessorMixin
 
 from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME, listed
-from ..configuration_roe import RoeLlavaConfig
-from ..convert.folder_files import COMPANIONS, PROCESSOR_MAP, code_files
+from ..convert.folder_files import COMPANIONS, PROCESSOR_MAP
 from ..convert.source import blamed_on, read_json
 from ..hub_roe import TEXT_SUFFIXES, check_text
-from ..loading_roe import AUTO_MAP
 from ..processing_roe import RoeLlavaProcessor
 from .folder import CARD, ModelFolder
 
@@ -30,7 +28,7 @@ def chosen_files(folder: ModelFolder, leave_out: Iterable[str] = ()) -> dict[str
     """
     found = {path.relative_to(folder.path).as_posix(): path for path in sorted(folder.path.rglob("*"))}
     files = {name: path for name, path in found.items() if path.is_file() and not is_left_out(name, leave_out)}
-    wanted = [*COMPANIONS, *PAGE, *code_files()]
+    wanted = [*COMPANIONS, *PAGE, *folder.kind.code_files()]
     if folder.is_adapter:
         weights = {WEIGHTS_NAME, ABOUT_NAME}
     else:
@@ -63,28 +61,34 @@ def is_left_out(name: str, patterns: Iterable[str]) -> bool:
 # --------------------------------------------------------------------------------------------------------------- code
 
 
-def check_code(files: dict[str, Path], folder: Path) -> None:
+def check_code(files: dict[str, Path], folder: ModelFolder) -> None:
     """Raises: ValueError naming a code file that is missing, or other than the installed one."""
-    installed = code_files()
+    installed = folder.kind.code_files()
     if missing := [name for name in installed if name not in files]:
         raise ValueError(
-            f"{folder} lacks {listed(missing)}, which trust_remote_code=True runs: save model and processor again "
+            f"{folder.path} lacks {listed(missing)}, which trust_remote_code=True runs: save model and processor again "
             f"(save_pretrained), or {UPDATE_CODE}"
         )
     if old := [name for name, path in installed.items() if files[name].read_bytes() != path.read_bytes()]:
         raise ValueError(
-            f"{listed(old)} in {folder} is other than in the installed roe-llava: was the folder written by another "
-            f"version, or the code changed? {UPDATE_CODE}"
+            f"{listed(old)} in {folder.path} is other than in the installed roe-llava: was the folder written by "
+            f"another version, or the code changed? {UPDATE_CODE}"
         )
 
 
 def check_auto_map(folder: ModelFolder) -> None:
     """Raises: ValueError if config.json or the processor names other code than the folder holds."""
     path = folder.path / "config.json"
-    if not folder.is_adapter and (found := folder.config.get("auto_map")) != AUTO_MAP:
-        raise ValueError(f"{path} has auto_map {found}, expected {AUTO_MAP}: save the model again (save_pretrained)")
+    expected = folder.kind.auto_map
+    if not folder.is_adapter and (found := folder.config.get("auto_map")) != expected:
+        raise ValueError(f"{path} has auto_map {found}, expected {expected}: save the model again (save_pretrained)")
     path = folder.path / "processor_config.json"
     content = read_json(path) if path.is_file() else {}
+    if not folder.kind.has_own_processor and (found := content.get("auto_map")):
+        raise ValueError(
+            f"{path} has auto_map {found}: the processor runs code, and a {folder.kind.name} checkpoint carries that "
+            "of its model alone. Save a stock processor there (LlavaProcessor)"
+        )
     if content.get("processor_class") == RoeLlavaProcessor.__name__ and content.get("auto_map") != PROCESSOR_MAP:
         raise ValueError(f"{path} has auto_map {content.get('auto_map')}, expected {PROCESSOR_MAP}: save it again")
 
@@ -99,7 +103,8 @@ def check_processor(folder: ModelFolder) -> ProcessorMixin | None:
     Raises: ValueError if a whole model has none, or it does not load.
     """
     path = folder.path / "processor_config.json"
-    if not path.is_file():
+    is_old_form = not folder.kind.has_own_processor and (folder.path / "preprocessor_config.json").is_file()
+    if not path.is_file() and not is_old_form:
         if folder.is_adapter:
             return None
         raise ValueError(
@@ -107,13 +112,13 @@ def check_processor(folder: ModelFolder) -> ProcessorMixin | None:
             "processor.save_pretrained into it first"
         )
     with blamed_on(path):
-        is_ours = read_json(path).get("processor_class") == RoeLlavaProcessor.__name__
+        is_ours = path.is_file() and read_json(path).get("processor_class") == RoeLlavaProcessor.__name__
         cls = RoeLlavaProcessor if is_ours else AutoProcessor
         processor = cls.from_pretrained(folder.path, trust_remote_code=False)  # the class at hand, not the folder's
     if folder.is_adapter:
         return processor
     found = processor.tokenizer.get_vocab().get(processor.image_token)
-    expected = RoeLlavaConfig.from_dict(folder.config).image_token_id
+    expected = folder.model_config.image_token_id
     if found != expected:
         raise ValueError(
             f"the tokenizer in {folder.path} gives the image token {processor.image_token!r} the id {found}, the model "

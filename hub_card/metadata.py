@@ -16,7 +16,10 @@ except ImportError:
 
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TransportError = httpx.TransportError  # what a connection that breaks ends in; no OSError
-TAGS = ["llava", "routing-experts", "roe", "layer-skipping", "custom_code"]
+TAGS = {
+    "layers": ["llava", "routing-experts", "roe", "layer-skipping", "custom_code"],
+    "experts": ["llava", "mixture-of-experts", "moe", "moe-llava", "custom_code"],
+}
 # How licence files begin, and the Hub's names of those licences.
 LICENCES = {
     r"\s*Apache License\s+Version 2\.0": "apache-2.0",
@@ -40,7 +43,9 @@ def metadata(folder: ModelFolder, name: str, licence: str | None, scores: list[E
         known |= {"base_model": base_id, "base_model_relation": "adapter" if folder.is_adapter else "finetune"}
     if scores:
         known |= {"model_name": name, "eval_results": scores}
-    return ModelCardData(library_name="transformers", pipeline_tag="image-text-to-text", tags=list(TAGS), **known)
+    return ModelCardData(
+        library_name="transformers", pipeline_tag="image-text-to-text", tags=list(TAGS[folder.kind.decides]), **known
+    )
 
 
 def base_on_page(folder: ModelFolder) -> str | None:

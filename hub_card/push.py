@@ -1,4 +1,4 @@
-"""`roe-llava push FOLDER REPO_ID`: a RoE checkpoint or an adapter file to the Hub, in one commit.
+"""`roe-llava push FOLDER REPO_ID`: a checkpoint or an adapter file to the Hub, in one commit.
 
 Everything is checked before the first byte is sent. huggingface_hub uploads large files one by one and makes the commit
 last, so whatever breaks on the way, the repository is as it was; a file that arrived is not sent again by the next try.
@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..adapter_roe import ABOUT_NAME, AdapterInfo
 from ..configuration_frontend import A_BASE, BASE_TYPES
 from ..convert.fingerprint import base_signatures
-from ..convert.folder_files import code_files, grafted_config
+from ..convert.folder_files import grafted_config
 from ..convert.source import resolve_source
 from ..convert.weights import open_checkpoint
 from ..grafting_roe import base_on_hub
@@ -55,7 +55,7 @@ class Push:
         return sum(len(one) if isinstance(one, bytes) else one.stat().st_size for one in self.files.values())
 
     def __str__(self) -> str:
-        what = "an adapter" if self.folder.is_adapter else "a RoE checkpoint"
+        what = "an adapter" if self.folder.is_adapter else f"a {self.folder.kind.name} checkpoint"
         lines = [f"{self.folder.path}: {what}, {len(self.files)} files, {self.num_bytes / 1e6:,.1f} MB"]
         lines += [f"  {name}{'' if isinstance(one, Path) else ' (made now)'}" for name, one in self.files.items()]
         return "\n".join([*lines, *self.notes])
@@ -74,7 +74,7 @@ def plan_push(
     """Check all that is to be sent.
 
     Args:
-        folder: RoE checkpoint or adapter file.
+        folder: checkpoint of one of our kinds, or adapter file.
         repo_id: owner/name.
         revision: branch to commit to.
         base, base_revision: Hub id of the base that an adapter was trained on, if it names a folder.
@@ -97,8 +97,8 @@ def plan_push(
             "file needs one"
         )
     if opened.is_adapter or update_code:
-        files |= code_files()
-    check_code(files, opened.path)
+        files |= opened.kind.code_files()
+    check_code(files, opened)
     check_readable(files)
     if (processor := check_processor(opened)) is not None and processor.chat_template is None:
         plan.notes.append("there is no chat template: prompts have to be written by hand, unlike in the card's code")
@@ -262,7 +262,8 @@ def send(plan: Push, private: bool, message: str) -> str:
 
 
 def default_message(plan: Push) -> str:
-    return f"Upload {'routing parts' if plan.folder.is_adapter else 'RoE-LLaVA'} with roe-llava push"
+    what = "routing parts" if plan.folder.is_adapter else plan.folder.kind.title
+    return f"Upload {what} with roe-llava push"
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -270,7 +271,7 @@ def default_message(plan: Push) -> str:
 
 def add_arguments(parser) -> None:
     """Arguments of the command."""
-    parser.add_argument("folder", metavar="FOLDER", help="RoE checkpoint or adapter file")
+    parser.add_argument("folder", metavar="FOLDER", help="checkpoint of ours, or adapter file")
     parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name; made if it is not there")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if it is not there")
     parser.add_argument("--private", action="store_true", help="make a private repository")

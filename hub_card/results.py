@@ -10,8 +10,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
+from ..benchmarks.expert_report import card_text
 from ..convert.source import read_json
-from ..evaluation.comparison import ROUTING
+from ..evaluation.comparison import ROUTING, experts_markdown
 from ..examples.tiny_world.readme_table import accuracy_table, comparison, routes_sentence, timing_table
 from ..examples.tiny_world.report import percent
 
@@ -24,7 +25,7 @@ class Results:
     """What result files say.
 
     Attributes:
-        accuracy, speed, routes: blocks of Markdown.
+        accuracy, speed, routes, experts: blocks of Markdown; the last one of models with experts.
         skips: (share of (input, layer) pairs that was skipped, on what).
         scores: for the model-index.
         shares: route to share of the inputs, for the map.
@@ -40,6 +41,7 @@ class Results:
     shares: dict[str, float] = field(default_factory=dict)
     picture: Path | None = None
     data: str | None = None
+    experts: list[str] = field(default_factory=list)
 
 
 def collect(training: dict, source: str, paths: list[Path]) -> Results:
@@ -156,6 +158,11 @@ def add_bench(results: Results, bench: dict, source: str) -> None:
     results.speed.append("\n".join(lines))
 
 
+def add_expert_bench(results: Results, bench: dict, source: str) -> None:
+    """`roe-llava bench` of a model with experts."""
+    results.speed.append(card_text(bench, source))
+
+
 def add_lmms_eval(results: Results, content: dict, source: str) -> None:
     """lmms-eval's results file: a row per task and metric. A run that kept every layer is no score of this model."""
     how, is_dense = run_of(content)
@@ -176,6 +183,9 @@ def add_lmms_eval(results: Results, content: dict, source: str) -> None:
             if kind == ROUTING:
                 results.skips.append((value, f"{where}, `{source}`"))
     results.accuracy.append("\n".join([*lines, "", f"lmms-eval, {how} (`{source}`)."]))
+    routing = content.get(ROUTING)
+    if isinstance(routing, dict) and (tables := experts_markdown(routing)):
+        results.experts.append(f"{tables}\nCounted by `roe-llava evaluate` (`{source}`).")
 
 
 def run_of(content: dict) -> tuple[str, bool]:
@@ -202,7 +212,8 @@ def examples_of(content: dict, task: str) -> str | None:
 # Entries that a file has to have, to what reads it; the first that fits does.
 READERS: dict[str, Callable[[Results, dict, str], None]] = {
     "accuracy routes timing": add_demo,
-    "benchmark batches sizes setup": add_bench,
+    "benchmark batches sizes setup shape": add_bench,
+    "benchmark batches sizes setup subject": add_expert_bench,
     "base roe questions_per_family": add_tiny_training,
     "results configs": add_lmms_eval,
 }

@@ -1,19 +1,23 @@
-"""`roe-llava serve MODEL ...`: `transformers serve` that knows RoE checkpoints.
+"""`roe-llava serve MODEL ...`: `transformers serve` that knows our kinds of checkpoints.
 
 Registers our classes with the Auto classes and by name where the server looks names up, refuses what cannot keep a
-route per request, and hands the arguments on. Answers take the routes that `generate` takes; requests run one by one.
+route per request, and hands the arguments on. Answers are those of `generate`; requests run one by one.
 """
 
 import argparse
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PreTrainedModel,
+)
 from transformers.models.auto import modeling_auto
 
-from ..configuration_roe import RoeLlavaConfig
-from ..evaluation.loading import MODEL_TYPE, checkpoint_type
+from ..convert.kinds import KINDS, ROE, Kind, kind_of, listed_types
+from ..evaluation.loading import checkpoint_type
 from ..generation_roe import bias_for_skip_ratio
-from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
-from ..processing_roe import RoeLlavaProcessor
 
 USAGE = """\
 usage: roe-llava serve CHECKPOINT [--debug] [--skip-ratio R] [options of transformers serve]
@@ -24,21 +28,25 @@ of transformers serve; --continuous-batching and --compile are refused.
 """
 REFUSED = {
     "--continuous-batching": (
-        "it packs several requests into one row, and a row has one route. Leave it out: requests run one by one"
+        "it packs several requests into one row, and a row has one route (with experts it was not tried). Leave it "
+        "out: requests run one by one"
     ),
-    "--compile": "it compiles the model as one graph, and every route has its own layers. Leave it out",
+    "--compile": (
+        "it compiles the model as one graph, and every route has its own layers (with experts it was not tried). Leave "
+        "it out"
+    ),
 }
 
 
-def model_class(skip_ratio: float | None) -> type[RoeLlavaForConditionalGeneration]:
-    """The class that answers: ours, or one whose every generation has this skip ratio.
+def model_class(skip_ratio: float | None, kind: Kind = ROE) -> type[PreTrainedModel]:
+    """The class that answers for a kind: its own, or one whose every generation has this skip ratio.
 
     It raises ValueError when a model is opened that is not calibrated for it.
     """
-    if skip_ratio is None:
-        return RoeLlavaForConditionalGeneration
+    if skip_ratio is None or kind.decides != "layers":
+        return kind.model
 
-    class Served(RoeLlavaForConditionalGeneration):
+    class Served(kind.model):
         @classmethod
         def from_pretrained(cls, *args, **kwargs):
             model = super().from_pretrained(*args, **kwargs)
@@ -48,20 +56,21 @@ def model_class(skip_ratio: float | None) -> type[RoeLlavaForConditionalGenerati
         def generate(self, *args, **kwargs):
             return super().generate(*args, skip_ratio=skip_ratio, **kwargs)
 
-    Served.__name__ = RoeLlavaForConditionalGeneration.__name__  # Transformers knows classes by it
+    Served.__name__ = kind.model.__name__  # Transformers knows classes by it
     return Served
 
 
 def register(skip_ratio: float | None = None) -> None:
-    """Make our type one that Transformers knows: no code of a checkpoint runs, and nobody is asked to trust it."""
-    AutoConfig.register(RoeLlavaConfig.model_type, RoeLlavaConfig, exist_ok=True)
-    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        auto_class.register(RoeLlavaConfig, model_class(skip_ratio), exist_ok=True)
-    AutoProcessor.register(RoeLlavaConfig, RoeLlavaProcessor, exist_ok=True)
+    """Make our types ones that Transformers knows: no code of a checkpoint runs, and nobody is asked to trust it."""
     # The server (5.23) looks in this table for the model type when it loads, and for the class's name when it reads
     # messages.
     names = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-    names[RoeLlavaConfig.model_type] = RoeLlavaForConditionalGeneration.__name__
+    for kind in KINDS.values():
+        AutoConfig.register(kind.model_type, kind.config, exist_ok=True)
+        for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            auto_class.register(kind.config, model_class(skip_ratio, kind), exist_ok=True)
+        AutoProcessor.register(kind.config, kind.processor, exist_ok=True)
+        names[kind.model_type] = kind.model.__name__
 
 
 def check_words(words: list[str]) -> None:
@@ -84,11 +93,13 @@ def take_skip_ratio(words: list[str]) -> tuple[float | None, list[str]]:
 
 
 def check_routed(words: list[str]) -> None:
-    """Raises: ValueError if the first word is no RoE checkpoint, which alone can be asked for a skip ratio."""
+    """Raises: ValueError if the first word is no checkpoint whose layers are skipped: it alone has a skip ratio."""
     if not words or words[0].startswith("-"):
         raise ValueError("--skip-ratio is for one checkpoint: name it before the options, serve CHECKPOINT ...")
-    if (found := checkpoint_type(words[0])) != MODEL_TYPE:
-        raise ValueError(f"--skip-ratio: {words[0]} is a {found!r} checkpoint, not {MODEL_TYPE!r}: nothing is skipped")
+    kind = kind_of(found := checkpoint_type(words[0]))
+    if kind is None or kind.decides != "layers":
+        wanted = listed_types("layers")
+        raise ValueError(f"--skip-ratio: {words[0]} is a {found!r} checkpoint, not {wanted}: nothing is skipped")
 
 
 def check_installed() -> None:

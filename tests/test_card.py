@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from roe_llava import RoeLlavaProcessor
 from roe_llava.cli import main
 from roe_llava.convert.adapter_file import save_adapter
-from roe_llava.convert.folder_files import code_files
+from roe_llava.convert.kinds import ROE
 from roe_llava.hub_card import tiny_world
 from roe_llava.hub_card.card import make_card, write_card
 from roe_llava.hub_card.folder import open_folder
@@ -103,7 +103,7 @@ def test_an_adapter_names_its_base_in_the_metadata(run_folder):
 
 def test_the_code_is_listed_with_its_hashes(saved):
     text = card_of(saved).text
-    for name in code_files():
+    for name in ROE.code_files():
         assert f"| `{name}` | `{hashlib.sha256((saved / name).read_bytes()).hexdigest()[:16]}` |" in text
 
 

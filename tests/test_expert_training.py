@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from roe_llava import MoeLlavaForConditionalGeneration
-from roe_llava.convert.moe_code import write_moe_code
+from roe_llava.convert.kinds import MOE
 from roe_llava.convert.upcycle import upcycle
 from roe_llava.training.expert_evolution import Evolution, ExpertEvolutionCallback, evolved, packed_parameters
 from roe_llava.training.expert_stages import STAGES, ExpertStage, expert_stage
@@ -509,7 +509,7 @@ def test_two_processes_end_alike_and_as_one(tmp_path, two_processes, stage):
 
 def test_a_model_of_the_hubs_code_evolves(tmp_path):
     upcycled().save_pretrained(tmp_path / "model")
-    write_moe_code(tmp_path / "model")
+    MOE.write_code(tmp_path / "model")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", trust_remote_code=True)
     assert type(model) is not MoeLlavaForConditionalGeneration
     before = snapshot(model)

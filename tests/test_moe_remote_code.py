@@ -91,6 +91,8 @@ def test_a_folder_carries_the_files_of_this_model_alone(world):
             "choice_moe.py",
             "configuration_moe_llava.py",
             "experts_moe.py",
+            "hub_roe.py",
+            "listing_roe.py",
             "loading_moe.py",
             "modeling_moe_llava.py",
             "routers_moe.py",

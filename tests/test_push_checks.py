@@ -9,8 +9,8 @@ from convert_helpers import change_json, change_tensors, train
 
 from roe_llava import RoeLlavaProcessor
 from roe_llava.cli import main
-from roe_llava.convert.folder_files import code_files
 from roe_llava.convert.graft import graft
+from roe_llava.convert.kinds import ROE
 from roe_llava.hub_card.card import listed_hashes, write_card
 from roe_llava.hub_card.push import plan_push
 from roe_llava.hub_roe import check_text, local_paths
@@ -144,14 +144,14 @@ def test_old_code_is_replaced_when_asked(folder):
     put("routing_roe.py", "import os")(folder)
     (folder / "cache_roe.py").unlink()
     plan = plan_push(folder, "me/model", update_code=True)
-    assert {name: plan.files[name].read_bytes() for name in code_files()} == {
-        name: path.read_bytes() for name, path in code_files().items()
+    assert {name: plan.files[name].read_bytes() for name in ROE.code_files()} == {
+        name: path.read_bytes() for name, path in ROE.code_files().items()
     }
 
 
 def test_a_card_lists_the_code_that_is_sent(folder):
     put("routing_roe.py", '"""Old."""')(folder)
-    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in code_files().items()}
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in ROE.code_files().items()}
     made = plan_push(folder, "me/model", update_code=True).files["README.md"]
     assert listed_hashes(made.decode()) == hashes
     write_card(folder)  # with the folder's own, old code

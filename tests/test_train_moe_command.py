@@ -1,6 +1,7 @@
 """`roe-llava train-moe`: the stages from the command line, one after the other, resuming, refusals."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +96,23 @@ def test_stage_three_learns_what_is_asked_for(tmp_path, moe, data):
     assert any("layers.1.mlp." in name for name in moved) and any("projector" in name for name in moved)
     assert run.trainer.model.config.router_aux_loss_coef == 0.5
     assert any("eval_loss" in entry for entry in run.trainer.state.log_history)
+    [made] = json.loads((tmp_path / "out" / "model" / "config.json").read_text())["moe_provenance"]["training"]
+    assert made["data"] == Path(data).name and (made["stage"], made["steps"]) == ("moe-stage3", 4)
+    assert made["measured"].keys() == {"train_loss", "eval_loss"}
+    assert not (tmp_path / "out" / "report").exists()  # nothing was logged on the way
+
+
+def test_the_report_shows_the_losses(tmp_path, moe, data, capsys):
+    line = words("moe-stage3", moe, data, tmp_path / "out", logging_steps=1, eval_share=0.25)
+    assert main(["train-moe", *line]) == 0
+    report = (tmp_path / "out" / "report" / "report.md").read_text()
+    log = json.loads((tmp_path / "out" / "checkpoints" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert f"| training loss | {losses[0]:.4f} to {losses[-1]:.4f} nats |" in report and "(even use: 2)" in report
+    assert "| stage | moe-stage3 |" in report and "evaluation loss" in report
+    for name in ("losses.png", "balance.png"):
+        assert f"({name})" in report and (tmp_path / "out" / "report" / name).stat().st_size > 1000
+    assert "report.md" in capsys.readouterr().out
 
 
 def test_a_dry_run_writes_nothing(tmp_path, moe, data, capsys):

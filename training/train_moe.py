@@ -15,13 +15,14 @@ import transformers
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments
 
 from ..convert.fingerprint import describe_base
-from ..convert.moe_code import write_moe_code
+from ..convert.kinds import MOE
 from ..convert.output import new_folder, write_json
 from ..convert.source import Source, blamed_on, read_json, resolve_source
 from ..modeling_moe_llava import MoeLlavaForConditionalGeneration
 from . import setup
 from .chat_prompt import close_answers
 from .expert_evolution import Evolution
+from .expert_report import write_report
 from .expert_stages import STAGES, ExpertStage, expert_stage
 from .expert_trainer import ExpertTrainer
 from .options import DataOptions, OptionHelp, OptionParser, RunOptions, as_words, close_to, default_of, option
@@ -216,7 +217,7 @@ def prepare(name: str, options: ExpertOptions, data_options: DataOptions, run_op
 def check_kind(source: Source, stage: ExpertStage) -> None:
     """Raises: ValueError if a checkpoint is not what the stage begins with."""
     found = read_json(source.folder / "config.json").get("model_type")
-    wanted = "llava" if stage.kind == "dense" else "moe_llava"
+    wanted = "llava" if stage.kind == "dense" else MOE.model_type
     if found != wanted:
         cause = "experts come after it" if wanted == "llava" else "roe-llava upcycle gives a LLaVA experts"
         raise ValueError(f"{source.folder} has model_type {found!r}, this stage begins with {wanted!r}: {cause}")
@@ -255,7 +256,7 @@ def plain_stage(value):
 
 
 def train(run: Run) -> None:
-    """Train, evaluate, write the result."""
+    """Train, evaluate, write the result and the report."""
     trainer, folder = run.trainer, run.folder
     is_main = trainer.is_world_process_zero()
     trainer.accelerator.wait_for_everyone()  # all have looked at the folder before it changes
@@ -270,6 +271,11 @@ def train(run: Run) -> None:
     if is_main:
         write_model(run, state)
         trainer.save_state()
+        if any("loss" in entry for entry in trainer.state.log_history):
+            config = trainer.accelerator.unwrap_model(trainer.model).config
+            layers = 0 if run.stage.kind == "dense" else len(config.expert_layers())
+            path = folder.checkpoints / "trainer_state.json"
+            write_report(path, folder.report, run.name, layers, overwrite=True)
 
 
 def write_model(run: Run, state: dict | None = None) -> None:
@@ -291,14 +297,21 @@ def write_model(run: Run, state: dict | None = None) -> None:
     with new_folder(run.folder.result, run.run_options.overwrite) as partial:
         if run.stage.kind != "dense":
             about = getattr(model.config, "moe_provenance", None) or {}
-            made = {"stage": run.name, "steps": run.record["steps"], "examples": run.record["examples"]}
-            model.config.moe_provenance = about | {"training": [*about.get("training", []), made]}
+            model.config.moe_provenance = about | {"training": [*about.get("training", []), summary_of(run)]}
         model.save_pretrained(partial, state_dict=stored)
         config = read_json(partial / "config.json")  # save_pretrained has put the dtype of training there
         write_json(partial / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
         run.processor.save_pretrained(partial)
         if run.stage.kind != "dense":
-            write_moe_code(partial)
+            MOE.write_code(partial)
+
+
+def summary_of(run: Run) -> dict:
+    """What the result's config says of the stage: nothing that only this machine knows."""
+    log = run.trainer.state.log_history
+    found = {name: entry[name] for entry in log for name in ("train_loss", "eval_loss") if name in entry}
+    made = {"stage": run.name, "steps": run.record["steps"], "examples": run.record["examples"]}
+    return made | {"data": Path(run.data_options.data).name, "measured": found}
 
 
 def plan(run: Run) -> list[str]:
@@ -316,7 +329,7 @@ def plan(run: Run) -> list[str]:
         + (f"; {run.data.num_bad} bad rows left out (bad_rows.json)" if run.data.num_bad else ""),
         f"learns     {learned:,} parameters (rate {args.learning_rate:g}); frozen {frozen:,}",
         f"steps      {run.record['steps']} of {rows}",
-        f"writes     {run.folder.result}, {run.folder.checkpoints}",
+        f"writes     {run.folder.result}, {run.folder.checkpoints}, {run.folder.report}",
         *([] if run.checkpoint is None else [f"goes on    from {run.checkpoint}"]),
     ]
 
@@ -342,6 +355,10 @@ def run(args) -> None:
         raise
     if prepared.trainer.is_world_process_zero():
         print(f"wrote {prepared.folder.result}")
+        if prepared.folder.report.is_dir():
+            print(f"wrote {prepared.folder.report / 'report.md'}")
+        else:
+            print("no report: nothing was logged; logging_steps has to be smaller than the run")
 
 
 def main(words: list[str] | None = None) -> int:
