@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import CLIPImageProcessorPil
 
 from ..baked_roe import refuse_baked
+from ..configuration_frontend import STOCK_PROJECTOR
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
 from .completeness import check_complete
@@ -174,6 +175,7 @@ def check_expressible(config: dict, path: Path) -> None:
             "none or all, it routes every layer",
         ),
         "vision_feature_layer": (full.vision_feature_layer, isinstance(full.vision_feature_layer, int), "one layer"),
+        "projector_type": (full.projector_type, full.projector_type == STOCK_PROJECTOR, repr(STOCK_PROJECTOR)),
         "projector_hidden_act": (full.projector_hidden_act, full.projector_hidden_act == "gelu", "'gelu'"),
         "multimodal_projector_bias": (full.multimodal_projector_bias, full.multimodal_projector_bias, "True"),
         "quantization_config": (config.get("quantization_config"), not config.get("quantization_config"), "none"),

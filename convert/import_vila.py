@@ -28,7 +28,7 @@ from .routing_parts import byte_progress
 from .source import Source, blamed_on, read_json, resolve_source
 from .summary import Summary
 from .vila_config import PARTS, TOWER_PART, VilaConfig, read_vila_config, vila_config
-from .vila_layout import published_name, resize_positions, single_layout, split_layout
+from .vila_layout import POSITIONS, published_name, resize_positions, single_layout, split_layout
 from .vila_processor import end_ids, vila_images, vila_processor
 from .weights import Checkpoint, StoredTensor, StoredTensors, open_checkpoint
 
@@ -72,6 +72,7 @@ def import_vila(
             if "auto_map" in plan.config:
                 write_frontend_code(folder)
     summary = summary_of(plan, out, not dry_run)
+    summary.kept_bytes -= sum(plan.layout.all_tensors()[name].num_bytes for name in made_anew(config))
     summary.lines |= lines
     return summary
 
@@ -138,6 +139,11 @@ def split_tower(folder: Path, config: VilaConfig, checkpoint: Checkpoint) -> Tow
     path = folder / "preprocessor_config.json"
     preprocessor = read_json(path) if path.is_file() else None
     return Tower(False, folder, config.tower, preprocessor, checkpoint)
+
+
+def made_anew(config: VilaConfig) -> list[str]:
+    """New names of tensors that are written, but are not the source's own."""
+    return [POSITIONS] if config.resolution is not None else []
 
 
 def resolution_line(layout: Layout, config: VilaConfig) -> dict[str, str]:

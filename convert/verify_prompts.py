@@ -15,18 +15,19 @@ from ..grafting_roe import share_tensors
 from ..modeling_frontend import base_class_of
 from .kinds import kind_of
 
-# Question to whether it comes with the image.
+# Question to how many images come with it.
 PROMPTS = {
-    "What is in this image?": True,
-    "How many shapes are there, and what colour is each of them? Explain how you know.": True,
-    "Is the circle to the left of the square? Answer yes or no.": True,
-    "Name three things that are usually found in a kitchen.": False,
+    "What is in this image?": 1,
+    "How many shapes are there, and what colour is each of them? Explain how you know.": 1,
+    "Is the circle to the left of the square? Answer yes or no.": 1,
+    "What is different in the second image?": 2,
+    "Name three things that are usually found in a kitchen.": 0,
 }
 
 
-def drawn_image() -> Image.Image:
-    """A red circle, a blue square and a green triangle on white, wider than high."""
-    image = Image.new("RGB", (480, 360), "white")
+def drawn_image(background: str = "white") -> Image.Image:
+    """A red circle, a blue square and a green triangle, wider than high."""
+    image = Image.new("RGB", (480, 360), background)
     draw = ImageDraw.Draw(image)
     draw.ellipse((40, 60, 180, 200), fill="red")
     draw.rectangle((260, 80, 400, 220), fill="blue")
@@ -34,18 +35,19 @@ def drawn_image() -> Image.Image:
     return image
 
 
-def prompt_text(processor, question: str, has_image: bool) -> str:
+def prompt_text(processor, question: str, num_images: int) -> str:
     """A question as the model's chat template writes it; LLaVA-1.5's way where it has none."""
     if processor.chat_template is None:
-        return f"USER: {processor.image_token + chr(10) if has_image else ''}{question} ASSISTANT:"
-    content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
+        return f"USER: {(processor.image_token + chr(10)) * num_images}{question} ASSISTANT:"
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 def encoded(processor, model, questions: list[str]):
     """Inputs of a left-padded batch, on the model's device and in its dtype."""
     processor.tokenizer.padding_side = "left"
-    images = [drawn_image() for question in questions if PROMPTS[question]]
+    backgrounds = ("white", "lightgrey")
+    images = [drawn_image(colour) for question in questions for colour in backgrounds[: PROMPTS[question]]]
     texts = [prompt_text(processor, question, PROMPTS[question]) for question in questions]
     inputs = processor(images=images or None, text=texts, padding=len(texts) > 1, return_tensors="pt")
     return inputs.to(model.device, model.dtype)

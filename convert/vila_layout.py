@@ -148,5 +148,7 @@ def resize_positions(layout: Layout, config: VilaConfig) -> int:
     loaded = old.load()
     made = resized_positions(loaded, (config.resolution // config.tower.patch_size) ** 2).to(loaded.dtype)
     file[POSITIONS] = in_memory(old.name, made, old.file)
+    layout.renamed = {name: new for name, new in layout.renamed.items() if new != POSITIONS}
+    layout.dropped[f"{TOWER_PART}/{old.name}"] = f"made anew for vision_resolution {config.resolution}"
     config.tower.image_size = config.resolution
     return int((made == 0).all(dim=1).sum())

@@ -1,5 +1,6 @@
 """Image processor and prompt of a VILA checkpoint, as a stock `LlavaProcessor`."""
 
+import math
 from pathlib import Path
 
 import transformers
@@ -127,7 +128,9 @@ def token_counting(side: int, num_tokens: int) -> tuple[int, int]:
     It counts (side // patch size) ** 2 + additional tokens, in a base of which a projector may have made one token of
     several patches.
     """
-    patch = next(patch for patch in range(1, side + 1) if (side // patch) ** 2 <= num_tokens)
+    patch = side // math.isqrt(num_tokens)
+    while (side // patch) ** 2 > num_tokens:
+        patch += 1
     return patch, num_tokens - (side // patch) ** 2
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from convert_helpers import bytes_of, make_base, weights_of
+from golden_vila_helpers import FOLDER as VILA
 from hub_server import running_hub
 
 from roe_llava.convert.graft import graft
@@ -25,6 +26,9 @@ def hub(tmp_path_factory, base, shared_adapter):
         hub.add("someone/base", other, "main")
         hub.add("someone/adapter", shared_adapter)
         hub.add("someone/roe", folder / "roe")
+        hub.add("someone/vila15", VILA / "checkpoint_v15", "v1")
+        hub.add("someone/vila", VILA / "checkpoint_v1_linear")
+        hub.add("someone/clip", VILA / "vision_tower_clip")
         yield hub
     assert not hub.unknown
 
@@ -96,3 +100,13 @@ def test_verify_takes_hub_ids(run, tmp_path):
     done = run("verify", "someone/base", "someone/roe", *options)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "report.json").read_text())["passed"]
+
+
+def test_import_vila_takes_hub_ids_in_either_layout(run, tmp_path):
+    done = run("import-vila", "someone/vila15", "new", "--revision", "v1")
+    assert done.returncode == 0, done.stderr
+    done = run("import-vila", "someone/vila", "old", "--vision-tower", "someone/clip")
+    assert done.returncode == 0, done.stderr
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("new", "old")]
+    assert configs[0]["vila_layout"]["id"] == "someone/vila15" and len(configs[0]["vila_layout"]["revision"]) == 40
+    assert [config["image_seq_length"] for config in configs] == [196, 36]

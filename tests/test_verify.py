@@ -27,7 +27,7 @@ def failed(report):
 def test_adapter_on_its_base_passes_every_check(base, adapter):
     report = verify(base, adapter, **FEW)
     assert report.passed and len(report.verdicts) == ALL_CHECKS
-    assert len(report.routes) == 4 and any("0" in route for route in report.routes.values())
+    assert len(report.routes) == 5 and any("0" in route for route in report.routes.values())
 
 
 def test_grafted_folder_passes_every_check_and_is_timed(tmp_path, base, adapter):

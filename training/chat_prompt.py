@@ -69,9 +69,10 @@ def chat_prompt(processor) -> ChatPrompt:
 
 
 def closes_answers(processor) -> bool:
-    """Whether the end token follows an answer."""
+    """Whether an end token follows the last answer: the tokenizer's own, or another special one, as Llama-3's is."""
     written = processor.apply_chat_template([message("user", "question"), message("assistant", "the answer")])
-    return written.partition("the answer")[2].lstrip().startswith(processor.tokenizer.eos_token)
+    special = (str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
+    return written.partition("the answer")[2].lstrip().startswith((processor.tokenizer.eos_token, *special))
 
 
 def close_answers(processor) -> bool:
