@@ -7,17 +7,21 @@ import torch
 from convert_helpers import bytes_of, train, weights_of
 from golden_vila_helpers import CHECKPOINTS, FOLDER, PROMPTS, about_prompt, picture
 from test_golden_vila import inputs_of, processor_of
+from train_helpers import words
 from vila_helpers import give_tokenizer, llama3_tokenizer, vicuna_tokenizer, vila_source
 
 from roe_llava import RoeLlavaForConditionalGeneration, RoeLlavaProcessor
+from roe_llava.cli import main
 from roe_llava.convert.adapter_file import save_adapter
 from roe_llava.convert.export_reference import export_reference
 from roe_llava.convert.extract import extract
 from roe_llava.convert.graft import graft
 from roe_llava.convert.import_vila import import_vila
 from roe_llava.convert.verify import verify
+from roe_llava.training import train as training
 from roe_llava.training.chat_prompt import chat_prompt
 from roe_llava.training.conversations import ConversationCollator, load_conversations
+from roe_llava.training.options import parse
 
 MODELS = sorted(CHECKPOINTS)
 every_model = pytest.mark.parametrize("model", MODELS)
@@ -92,6 +96,58 @@ def test_a_front_end_that_published_code_lacks_is_not_exported(world, model, tmp
     with pytest.raises(ValueError, match=match):
         export_reference(world[0] / f"{model}_roe", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Questions about two pictures each, with answers."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("wide", "tall"):
+        picture(name).save(folder / f"{name}.png")
+    parts = [{"type": "image"}, {"type": "image"}]
+    rows = [
+        {
+            "images": ["wide.png", "tall.png"],
+            "messages": [
+                {"role": "user", "content": [*parts, {"type": "text", "text": f"what {number}?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "a hat"}]},
+            ],
+        }
+        for number in range(12)
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "data.jsonl"
+
+
+@every_model
+@torch.no_grad()
+def test_a_baked_route_answers_as_the_pinned_one(world, model, tmp_path):
+    parent, routed = world
+    bake_options = ["--route", "1,", "--drop-adapters", "never"]
+    assert main(["bake", str(parent / f"{model}_roe"), str(tmp_path / "out"), *bake_options]) == 0
+    baked = RoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    inputs = inputs_of(model, baked, "p1")
+    routes = torch.ones(1, baked.config.text_config.num_hidden_layers, dtype=torch.bool)
+    routes[0, 1] = False
+    assert torch.equal(baked(**inputs).logits, routed[model](**inputs, routes=routes).logits)
+
+
+@every_model
+def test_a_base_is_calibrated_on_questions_with_two_images(world, model, data, tmp_path):
+    assert main(["calibrate", str(world[0] / f"{model}_roe"), str(data), "--out", str(tmp_path / "out")]) == 0
+    assert RoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "out").config.skip_calibration
+
+
+@every_model
+def test_parts_are_trained_on_questions_with_two_images(world, model, data, tmp_path):
+    parent, _ = world
+    out = tmp_path / "run"
+    training.train(
+        training.prepare(parse(words("frozen", parent / model, data, out, max_steps=2, adapter_size=4, max_length=500)))
+    )
+    graft(parent / model, out / "adapter", tmp_path / "roe")
+    trained = RoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "roe").eval()
+    assert trained(**inputs_of(model, trained, "p1")).logits.isfinite().all()
 
 
 # ---------------------------------------- several images
