@@ -29,8 +29,8 @@ from .configuration_hr_vision import LlavaHrVisionConfig
 
 
 def small_image(pixel_values: Tensor, side: int) -> Tensor:
-    """(B, 3, S, S) to (B, 3, F, F), corners on corners."""
-    return functional.interpolate(pixel_values, (side, side), mode="bilinear", align_corners=True)
+    """(B, 3, S, S) to (B, 3, F, F), corners on corners; in single precision, as published."""
+    return functional.interpolate(pixel_values.float(), (side, side), mode="bilinear", align_corners=True)
 
 
 def resampled_table(table: Tensor, grid: int) -> Tensor:
@@ -61,8 +61,8 @@ def aligned(tokens: Tensor, grid: int) -> Tensor:
     """
     side = round(tokens.shape[1] ** 0.5)
     if side < grid:
-        image = functional.interpolate(as_image(tokens), (grid, grid), mode="bilinear", align_corners=True)
-        return as_tokens(image)
+        image = functional.interpolate(as_image(tokens).float(), (grid, grid), mode="bilinear", align_corners=True)
+        return as_tokens(image).to(tokens.dtype)
     if side > grid:
         return as_tokens(functional.avg_pool2d(as_image(tokens), side // grid))
     return tokens
