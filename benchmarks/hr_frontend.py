@@ -6,7 +6,7 @@ DIR is a checkout of the published repository (github.com/luogen1996/LLaVA-HR), 
 of this package. Its constructors fetch weights and expect Transformers 4.31, so the tower is put together here of the
 published classes: ConvNeXt, the adapters, the fusion and the forward pass are its own, the CLIP layers are those of the
 Transformers at hand with the outputs of the old ones. They attend as Transformers 4.31 did ("eager", the published
-tower), and once more through PyTorch's fused kernel ("sdpa"), which the published tower never had.
+tower); with --fused there is one more that attends through PyTorch's fused kernel, which the published one never did.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from .timing import now
 RESULT = Path(__file__).parent / "results" / "hr_frontend.json"
 ENCODER = Path("llava_hr") / "model" / "multimodal_encoder"
 SLOW_TOWERS = {"large": None, "xxlarge": CONVNEXT_XXL}
+PUBLISHED = {"published": "eager", "published, fused": "sdpa"}  # attention of its CLIP layers
 # In single precision; features are of a few units.
 TOLERANCE = 2e-4
 UNUSED = (".class_embedding", ".post_layernorm.", ".head.")
@@ -177,7 +178,7 @@ def measure_size(modules, args: argparse.Namespace, image_size: int) -> dict:
     ours, dtype = random_tower(config, args.seed), getattr(torch, args.dtype)
     place = {"device": args.device, "dtype": dtype}
     towers = {"ours": lambda pixels: ours(pixels).last_hidden_state}
-    for name, attention in (("published", "eager"), ("published with sdpa", "sdpa")):
+    for name, attention in PUBLISHED.items() if args.fused else [("published", PUBLISHED["published"])]:
         towers[name] = published_tower(modules, config, ours.state_dict(), attention).to(**place)
     ours.to(**place)
     pixels = torch.randn(args.batch_size, 3, image_size, image_size).to(**place)
@@ -197,10 +198,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     modules = published_modules(args.published)
-    sizes = []
-    for image_size in args.image_size:
-        sizes.append(measure_size(modules, args, image_size))
-        print(line(sizes[-1]))
     result = {
         "command": command_line("roe_llava.benchmarks.hr_frontend").replace(str(args.published), "DIR"),
         "machine": describe_machine(("roe-llava", "torch", "transformers", "timm")),
@@ -213,9 +210,12 @@ def main(argv: list[str] | None = None) -> None:
         "batch_size": args.batch_size,
         "repeats": args.repeats,
         "weights": "random",
-        "sizes": sizes,
+        "sizes": [],
     }
-    replace_json(args.out, result)
+    for image_size in args.image_size:
+        result["sizes"].append(measure_size(modules, args, image_size))
+        print(line(result["sizes"][-1]), flush=True)
+        replace_json(args.out, result)
 
 
 def line(found: dict) -> str:
@@ -230,6 +230,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--published", type=Path, required=True, metavar="DIR", help="checkout of the published code")
     parser.add_argument("--image-size", type=int, nargs="+", default=[384, 768, 1024])
     parser.add_argument("--slow", choices=SLOW_TOWERS, default="large", help="ConvNeXt-L (7B, 13B) or -XXL (X)")
+    parser.add_argument("--fused", action="store_true", help="time the published tower with fused attention, too")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
