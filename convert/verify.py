@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor, LlavaConfig
+from transformers import AutoProcessor
 
 from ..benchmarks.environment import describe_machine
 from ..benchmarks.timing import compare_times
@@ -197,8 +197,8 @@ def load_processor(base: Source, image_token: int):
     Raises: ValueError if it has none, or one that writes another image token.
     """
     try:
-        # As a LLaVA's, whatever its front-end: for a type of ours Transformers would ask whether to run its code.
-        processor = AutoProcessor.from_pretrained(base.folder, config=LlavaConfig())
+        # Without the folder's code, about which Transformers would ask where the front-end is of ours.
+        processor = AutoProcessor.from_pretrained(base.folder, trust_remote_code=False)
         found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     except Exception as error:  # whatever the libraries below make of a damaged file
         raise ValueError(

@@ -310,6 +310,13 @@ def test_grafted_and_extracted_again(routed, spoken, tmp_path):
         assert torch.equal(again(**inputs).logits, opened(**inputs).logits)
 
 
+def test_verify_holds_on_it_and_asks_nothing(spoken, capfd, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(f"asked: {prompt}"))
+    assert main(["verify", str(spoken)]) == 0
+    printed = capfd.readouterr().out
+    assert "3 of 3 checks passed" in printed and "custom code" not in printed
+
+
 # ---------------------------------------- commands and bad input
 
 
