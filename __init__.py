@@ -13,6 +13,8 @@ _WHERE = {
     "FrontendLlavaConfig": "configuration_frontend",
     "FrontendLlavaForConditionalGeneration": "modeling_frontend",
     "FrontendLlavaModel": "modeling_frontend",
+    "LlavaHrVisionConfig": "configuration_hr_vision",
+    "LlavaHrVisionModel": "vision_hr",
     "MoeLlavaConfig": "configuration_moe_llava",
     "MoeLlavaForConditionalGeneration": "modeling_moe_llava",
     "MoeLlavaModel": "modeling_moe_llava",

@@ -19,9 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPPreTrainedModel
 from transformers.models.convnext.modeling_convnext import (
     ConvNextEmbeddings,
-    ConvNextEncoder,
     ConvNextLayerNorm,
-    ConvNextPreTrainedModel,
+    ConvNextStage,
 )
 from transformers.utils.generic import can_return_tuple
 
@@ -29,8 +28,8 @@ from .configuration_hr_vision import LlavaHrVisionConfig
 
 
 def small_image(pixel_values: Tensor, side: int) -> Tensor:
-    """(B, 3, S, S) to (B, 3, F, F), corners on corners."""
-    return functional.interpolate(pixel_values, (side, side), mode="bilinear", align_corners=True)
+    """(B, 3, S, S) to (B, 3, F, F), corners on corners; in single precision, as published."""
+    return functional.interpolate(pixel_values.float(), (side, side), mode="bilinear", align_corners=True)
 
 
 def resampled_table(table: Tensor, grid: int) -> Tensor:
@@ -61,8 +60,8 @@ def aligned(tokens: Tensor, grid: int) -> Tensor:
     """
     side = round(tokens.shape[1] ** 0.5)
     if side < grid:
-        image = functional.interpolate(as_image(tokens), (grid, grid), mode="bilinear", align_corners=True)
-        return as_tokens(image)
+        image = functional.interpolate(as_image(tokens).float(), (grid, grid), mode="bilinear", align_corners=True)
+        return as_tokens(image).to(tokens.dtype)
     if side > grid:
         return as_tokens(functional.avg_pool2d(as_image(tokens), side // grid))
     return tokens
@@ -104,23 +103,30 @@ class LlavaHrFastTower(CLIPPreTrainedModel):
         return self.pre_layrnorm(self.embeddings(pixel_values))
 
 
-class LlavaHrSlowTower(ConvNextPreTrainedModel):
-    """ConvNeXt's last map; no pooling and no norm at the end."""
+class LlavaHrSlowTower(nn.Module):
+    """ConvNeXt's stem and stages; no pooling and no norm at the end.
 
-    main_input_name = "pixel_values"
+    Not a model of its own: Transformers would ask it for attention implementations, and ConvNeXt has no attention.
+    """
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__()
         self.embeddings = ConvNextEmbeddings(config)
-        self.encoder = ConvNextEncoder(config)
+        widths = [config.hidden_sizes[0], *config.hidden_sizes]
+        self.stages = nn.ModuleList(
+            ConvNextStage(config, widths[number], widths[number + 1], stride=2 if number else 1, depth=depth)
+            for number, depth in enumerate(config.depths)
+        )
         for module in self.modules():
             if isinstance(module, ConvNextLayerNorm):  # Transformers has 1e-6 in its code, ConvNeXt-XXL has 1e-5
                 module.eps = config.layer_norm_eps
-        self.post_init()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, S, S) to (B, Gs * Gs, Cs)."""
-        return as_tokens(self.encoder(self.embeddings(pixel_values)).last_hidden_state)
+        features = self.embeddings(pixel_values)
+        for stage in self.stages:
+            features = stage(features)
+        return as_tokens(features)
 
 
 class AdapterProjection(nn.Linear):

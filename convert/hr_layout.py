@@ -29,11 +29,11 @@ TOWER_NAMES = (
     ("fast_vision_tower.vision_tower.vision_model.encoder.layers", "fast.layers"),
     ("slow_vision_tower.vision_tower.stem.0", "slow.embeddings.patch_embeddings"),
     ("slow_vision_tower.vision_tower.stem.1", "slow.embeddings.layernorm"),
-    ("slow_vision_tower.vision_tower.stages.#.downsample", "slow.encoder.stages.#.downsampling_layer"),
-    ("slow_vision_tower.vision_tower.stages.#.blocks.#.conv_dw", "slow.encoder.stages.#.layers.#.dwconv"),
-    ("slow_vision_tower.vision_tower.stages.#.blocks.#.norm", "slow.encoder.stages.#.layers.#.layernorm"),
-    ("slow_vision_tower.vision_tower.stages.#.blocks.#.mlp.fc1", "slow.encoder.stages.#.layers.#.pwconv1"),
-    ("slow_vision_tower.vision_tower.stages.#.blocks.#.mlp.fc2", "slow.encoder.stages.#.layers.#.pwconv2"),
+    ("slow_vision_tower.vision_tower.stages.#.downsample", "slow.stages.#.downsampling_layer"),
+    ("slow_vision_tower.vision_tower.stages.#.blocks.#.conv_dw", "slow.stages.#.layers.#.dwconv"),
+    ("slow_vision_tower.vision_tower.stages.#.blocks.#.norm", "slow.stages.#.layers.#.layernorm"),
+    ("slow_vision_tower.vision_tower.stages.#.blocks.#.mlp.fc1", "slow.stages.#.layers.#.pwconv1"),
+    ("slow_vision_tower.vision_tower.stages.#.blocks.#.mlp.fc2", "slow.stages.#.layers.#.pwconv2"),
     ("align_stages_latent.#.slow_conv", "adapters.#.slow_conv"),
     ("align_stages_latent.#.slow_proj", "adapters.#.slow_proj"),
     ("align_stages_latent.#.fast_conv", "adapters.#.fast_conv"),
@@ -45,7 +45,7 @@ TOWER_NAMES = (
 )
 # Layer scale: published as a block's own weight, since Transformers 4 renames what ConvNeXt calls gamma; both are read.
 SCALE_NAMES = tuple(
-    (f"slow_vision_tower.vision_tower.stages.#.blocks.#.{name}", "slow.encoder.stages.#.layers.#.layer_scale_parameter")
+    (f"slow_vision_tower.vision_tower.stages.#.blocks.#.{name}", "slow.stages.#.layers.#.layer_scale_parameter")
     for name in ("gamma", "weight")
 )
 # Convolutions over single pixels, which are matrices to us.

@@ -57,8 +57,8 @@ def import_llava_hr(
     Args:
         source: folder or Hub id.
         out: folder to write.
-        vision_tower: folder or Hub id of the CLIP tower, of which config and preprocessing are read; by default what
-            the config names. Weights are those in the checkpoint, which were tuned.
+        vision_tower: folder or Hub id of the CLIP tower, of which the config alone is read; by default what the
+            published config names. Weights are those in the checkpoint, which were tuned.
         revision: of a source on the Hub.
         overwrite: replace `out`, once the new folder is whole.
         dry_run: read and check everything, write nothing.
@@ -179,9 +179,7 @@ def hr_processor(tokenizer, tower: Tower, vision: LlavaHrVisionConfig, config: d
     """The processor, and what a caller should know about its prompt; neither without a tokenizer."""
     if tokenizer is None:
         return None, None
-    # The CLIP tower's own settings, but for the size.
-    settings = {name: value for name, value in (tower.preprocessor or {}).items() if name not in ("size", "crop_size")}
-    images = image_processor(settings, vision, pads, tower.folder)
+    images = image_processor(None, vision, pads, tower.folder)  # CLIP's usual settings, which are written into the code
     processor, note = make_processor(tokenizer, images, config | {"vision_config": {"patch_size": vision.patch_size}})
     processor.num_additional_image_tokens = 0  # no class token
     return processor, note

@@ -223,7 +223,8 @@ def load_processor(base: Source, image_token: int):
     Raises: ValueError if it has none, or one that writes another image token.
     """
     try:
-        processor = AutoProcessor.from_pretrained(base.folder)
+        # Without the folder's code, about which Transformers would ask where the front-end is of ours.
+        processor = AutoProcessor.from_pretrained(base.folder, trust_remote_code=False)
         found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     except Exception as error:  # whatever the libraries below make of a damaged file
         raise ValueError(

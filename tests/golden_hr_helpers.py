@@ -30,7 +30,7 @@ RENAMED = [
     ("fast_vision_tower.vision_tower.vision_model.", "fast."),
     ("slow_vision_tower.vision_tower.stem.0.", "slow.embeddings.patch_embeddings."),
     ("slow_vision_tower.vision_tower.stem.1.", "slow.embeddings.layernorm."),
-    ("slow_vision_tower.vision_tower.", "slow.encoder."),
+    ("slow_vision_tower.vision_tower.", "slow."),
     (".downsample.", ".downsampling_layer."),
     (".conv_dw.", ".dwconv."),
     ("align_stages_latent.", "adapters."),
@@ -70,7 +70,7 @@ def our_name(name):
     """A published name as ours."""
     for old, new in RENAMED:
         name = name.replace(old, new)
-    if found := re.fullmatch(r"(slow\.encoder\.stages\.\d+)\.blocks\.(\d+)\.(.+)", name):
+    if found := re.fullmatch(r"(slow\.stages\.\d+)\.blocks\.(\d+)\.(.+)", name):
         stage, block, rest = found.groups()
         new = next((rest.replace(old, new) for old, new in BLOCK.items() if rest.startswith(old)), rest)
         name = f"{stage}.layers.{block}.{new}"

@@ -39,7 +39,7 @@ def stages_of(model, case):
 
     hooks = [keep(model.fast.pre_layrnorm, "fast_in"), keep(model.fusion, "fusion_in", of_input=True)]
     hooks += [keep(model.slow.embeddings, "slow_stem")]
-    hooks += [keep(stage, f"slow_stage{n}") for n, stage in enumerate(model.slow.encoder.stages)]
+    hooks += [keep(stage, f"slow_stage{n}") for n, stage in enumerate(model.slow.stages)]
     for number, adapter in enumerate(model.adapters):
         hooks += [keep(adapter, f"align{number}_in", of_input=True), keep(adapter, f"align{number}_out")]
         hooks += [keep(adapter.gate_2, f"align{number}_gate_raw")]
@@ -181,7 +181,7 @@ def test_published_sizes():
     adapter = (1536**2 + 1536) + (1536 * 1024 + 1024) + (49 * 1024 + 1024) + (1024**2 + 1024) + (2048 * 512 + 512) + 513
     assert sizes["adapters"] == 3 * adapter
     assert sizes["fusion"] == 1024**2 + 1024 + 1536 * 1024 + 1024
-    assert xxl.slow.encoder.stages[2].layers[0].layernorm.eps == 1e-5
+    assert xxl.slow.stages[2].layers[0].layernorm.eps == 1e-5
     assert xxl.adapters[0].slow_conv.weight.shape == (3072, 3072)
 
 

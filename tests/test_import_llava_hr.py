@@ -139,7 +139,7 @@ def test_tensors_keep_their_bytes_and_dtype(tmp_path, dtype):
     pairs = {
         "adapters.1.slow_conv.weight": old[f"{tower}align_stages_latent.1.slow_conv.weight"][:, :, 0, 0],
         "adapters.2.gate_2.bias": old[f"{tower}align_stages_latent.2.gate.2.bias"],
-        "slow.encoder.stages.1.layers.1.layer_scale_parameter": old[
+        "slow.stages.1.layers.1.layer_scale_parameter": old[
             f"{tower}slow_vision_tower.vision_tower.stages.1.blocks.1.weight"
         ],
         "fast.embeddings.position_embedding.weight": old[
@@ -168,6 +168,16 @@ def test_every_tensor_is_used_or_dropped_with_a_reason(tmp_path):
     assert read_weights(source).keys() == summary.renamed.keys() | summary.dropped.keys()
     assert not summary.renamed.keys() & summary.dropped.keys() and all(summary.dropped.values())
     assert "384 pixels, 576 tokens each" in str(summary)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+def test_attention_can_be_chosen_by_name(imported, attention):
+    options = {"attn_implementation": attention}
+    model = FrontendLlavaForConditionalGeneration.from_pretrained(imported, **options).eval()
+    assert model.model.vision_tower.fast.config._attn_implementation == attention
+    with torch.no_grad():
+        features = model.get_image_features(pixels_of(CASES["small"]["images"])).hidden_states[-1]
+    torch.testing.assert_close(features[:, ::4], recorded()["small/features"], **CLOSE)
 
 
 # ---------------------------------------- the folder
@@ -250,6 +260,8 @@ def test_prompt_has_the_tokens_of_pieces_tokenized_apart(spoken):
     before = text[: text.index("<image>")]
     pieces = [old.encode(piece, add_special_tokens=False) for piece in (before, "\nwhat is this? ASSISTANT:")]
     assert found == [1, *pieces[0], *[VOCAB] * 576, *pieces[1]]
+    of_routed = RoeLlavaProcessor.from_pretrained(spoken)(images=picture, text=text, return_tensors="pt")
+    assert found == of_routed["input_ids"][0].tolist()
 
 
 # ---------------------------------------- routing on it
@@ -296,6 +308,13 @@ def test_grafted_and_extracted_again(routed, spoken, tmp_path):
     again = RoeLlavaForConditionalGeneration.from_base(spoken, tmp_path / "taken").eval()
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, opened(**inputs).logits)
+
+
+def test_verify_holds_on_it_and_asks_nothing(spoken, capfd, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(f"asked: {prompt}"))
+    assert main(["verify", str(spoken)]) == 0
+    printed = capfd.readouterr().out
+    assert "3 of 3 checks passed" in printed and "custom code" not in printed
 
 
 # ---------------------------------------- commands and bad input
