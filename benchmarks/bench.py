@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `roe-llava bench`; defaults that are not told here are the shape's (`shapes.SHAPES`)."""
     several = {"nargs": "+", "metavar": "N"}
     parser.add_argument("--shape", choices=NAMES, help="model to measure (tiny)")
+    parser.add_argument(
+        "--base",
+        help="folder or Hub id in place of a shape: the base to route; with --moe, the dense one of its experts",
+    )
+    parser.add_argument("--adapter", help="trained for --base; untrained parts of the same size stand in (none)")
     parser.add_argument("--skip", type=float, help="shares of layers to skip, 0.25 for a quarter", **several)
     parser.add_argument("--batch", type=int, help="batch sizes (1 2 4 8)", **several)
     parser.add_argument("--rounds", type=int, help="runs of every system")
@@ -48,7 +53,6 @@ def add_expert_arguments(parser: argparse.ArgumentParser) -> None:
     experts.add_argument("--layers", default="alternate", help="layers that get experts, as in upcycle (%(default)s)")
     experts.add_argument("--router", choices=("linear", "token_aware"), default="linear", help="(%(default)s)")
     experts.add_argument("--moe", help="a checkpoint with experts, folder or Hub id, in place of a shape")
-    experts.add_argument("--base", help="of --moe: the dense LLaVA it was made from")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,16 +67,14 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--report reads {RESULTS} and writes there: leave --out out")
         report.report_all(RESULTS)
         return
-    if args.base and not args.moe:
-        raise ValueError(f"--base {args.base} given without --moe, the checkpoint with experts that was made from it")
     check_arguments(args)
     if args.moe or args.experts:
         from . import expert_bench
 
         expert_bench.run(args, (tuple(QUICK_GRID), QUICK_ROUNDS, QUICK_TOKENS))
         return
-    args.shape = args.shape or "tiny"
-    out = args.out or default_out(args.shape, args.compile)
+    args.shape = args.shape or (Path(args.base).name if args.base else "tiny")
+    out = args.out or (OUTSIDE / f"{args.shape}.json" if args.base else default_out(args.shape, args.compile))
     report.check_out(out, args.overwrite)
     result = measured(args)
     report.save(result, out, args.overwrite)
@@ -91,7 +93,12 @@ def default_out(shape: str, compiled: bool) -> Path:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises: ValueError for a number below 1, or a share that is none."""
+    """Raises: ValueError for a number below 1, a share that is none, or two models at once."""
+    if args.base and not args.moe and (args.shape or args.experts):
+        given = f"--shape {args.shape}" if args.shape else f"--experts {args.experts}"
+        raise ValueError(f"--base {args.base} beside {given}: a base's folder is measured in place of a shape")
+    if args.adapter and (args.moe or not args.base):
+        raise ValueError(f"--adapter {args.adapter} needs --base, the base it was trained for, and no --moe")
     for name in ("rounds", "tokens", "threads", "batch"):
         given = getattr(args, name)
         for number in given if isinstance(given, list) else [given]:
@@ -125,15 +132,16 @@ def measured(args: argparse.Namespace) -> dict:
     from tqdm import tqdm
 
     from .measure import measure
-    from .shapes import SHAPES, build_subject
+    from .shapes import SHAPES, build_subject, folder_shape
 
-    shape, start = SHAPES[args.shape], time.perf_counter()
+    shape = folder_shape(args.base, args.adapter) if args.base else SHAPES[args.shape]
+    start = time.perf_counter()
     threads, before = args.threads or shape.threads, torch.get_num_threads()
     grid, rounds, num_tokens = settings_of(args, shape)
     if threads:
         torch.set_num_threads(threads)
     try:
-        subject = build_subject(args.shape, args.device, args.dtype)
+        subject = build_subject(args.shape, args.device, args.dtype, shape)
 
         def progress(items, description):
             return tqdm(items, desc=description, file=sys.stderr)

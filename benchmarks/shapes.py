@@ -15,8 +15,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration_roe import RoeLlavaConfig
+from ..convert.folder_files import read_base_config
+from ..convert.source import resolve_source
 from ..convert.verify_prompts import stock_twin
 from ..examples.tiny_world.demo import SHIPPED, check_parts
+from ..grafting_roe import no_warning_of_missing_parts
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from ..processing_roe import RoeLlavaProcessor
 
@@ -31,6 +34,7 @@ MEDIUM_ROUNDS = {1: 10, 2: 5, 4: 4, 8: 4}  # about half an hour on one core
 BEFORE_IMAGE = 5  # tokens of a random prompt that come before its image
 FIRST_WORD = 3  # token ids below are special ones
 TINY_PROMPTS = 3
+QUESTION = 64  # tokens behind the image of a prompt for a base's folder
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,14 @@ class Shape:
     needs_gpu: bool = False
 
 
-def build_subject(name: str, device: str | None = None, dtype: str | None = None) -> Subject:
-    """The models and prompts of a shape.
+def build_subject(
+    name: str, device: str | None = None, dtype: str | None = None, shape: Shape | None = None
+) -> Subject:
+    """The models and prompts of a shape, by default the one of that name.
 
     Raises: ValueError for a device that is not there, or too slow for the shape.
     """
-    shape = SHAPES[name]
+    shape = SHAPES[name] if shape is None else shape
     device, dtype = torch.device(device or shape.device), getattr(torch, dtype or shape.dtype)
     if shape.needs_gpu and device.type == "cpu":
         raise ValueError(f"shape {name} is made for a GPU and takes hours on a processor: use --shape cpu-medium there")
@@ -162,6 +168,37 @@ def random_prompt(config: RoeLlavaConfig, length: int, batch_size: int, device: 
     }
 
 
+# ------------------------------------------------------------------------------------------------------ a base's folder
+
+
+def folder_shape(base: str, adapter: str | None) -> Shape:
+    """A base of whatever front-end, and its adapter file; without one, untrained parts of its size stand in."""
+    return Shape(
+        lambda device, dtype: folder_subject(base, adapter, device, dtype), SHORT_GRID, MEDIUM_ROUNDS, threads=1
+    )
+
+
+def folder_subject(base: str, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Subject:
+    """The base's weights, and prompts of one image and a question of random words.
+
+    Raises: ValueError if it is no base, or the adapter is not one of its sizes.
+    """
+    folder = resolve_source(base).folder
+    read_base_config(folder)
+    if adapter is None:
+        with no_warning_of_missing_parts():
+            roe = RoeLlavaForConditionalGeneration._load(folder, dtype=dtype)[0]
+    else:
+        roe = RoeLlavaForConditionalGeneration.from_base(folder, adapter, check_base=False, dtype=dtype)
+    roe, length = roe.to(device).eval(), BEFORE_IMAGE + roe.config.image_seq_length + QUESTION
+    return Subject(
+        roe,
+        stock_twin(roe),
+        lambda batch_size: [random_prompt(roe.config, length, batch_size, device, dtype)],
+        trained=adapter is not None,
+    )
+
+
 # --------------------------------------------------------------------------------------------------- the shipped model
 
 
@@ -213,4 +250,4 @@ SHAPES = {
     "llava-1.5-13b": gpu_shape(5120, 13824, 40, 40),
 }
 
-__all__ = ["SHAPES", "Shape", "Subject", "build_subject"]
+__all__ = ["SHAPES", "Shape", "Subject", "build_subject", "folder_shape"]

@@ -152,3 +152,20 @@ def test_push_and_card(world, tmp_path, capsys):
     assert main(["push", str(world / "roe"), "someone/model", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "modeling_frontend.py" in said
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_bench_measures_a_base(world, tmp_path, capsys, trained):
+    adapter = ["--adapter", str(world / "adapter")] if trained else []
+    command = ["bench", "--base", str(world / "base"), *adapter, "--quick", "--out", str(tmp_path / "base.json")]
+    assert main(command) == 0
+    result = read_json(tmp_path / "base.json")
+    assert result["shape"] == "base" and result["sizes"]["image_tokens"] == 16
+    assert (tmp_path / "base.png").is_file()
+
+
+def test_evaluate_scores_a_grafted_model(world, tmp_path):
+    pytest.importorskip("lmms_eval.evaluator", reason="pip install --no-deps lmms-eval==0.7.3 (make test does)")
+    command = ["evaluate", str(world / "roe"), "--tasks", "tiny_world", "--limit", "1", "--device", "cpu", "--dense"]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "comparison.md").is_file()
