@@ -1,10 +1,13 @@
 """Configuration of a LLaVA with Routing Experts (RoE, ICLR 2025, arXiv 2407.14093).
 
-`RoeLlavaConfig` is `LlavaConfig` plus what decides the shape and the use of the routing parts. Learning rates, stage
-boundaries and other training settings are arguments of the training, not of the model.
+`RoutingConfig`, put in front of a stock configuration, is what decides the shape and the use of the routing parts;
+`RoeLlavaConfig` is `LlavaConfig` with it. Learning rates, stage boundaries and other training settings are arguments of
+the training, not of the model.
 """
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers import LlavaConfig
 from transformers.utils.versions import require_version
@@ -28,8 +31,9 @@ ROUTING_FIELDS = (
 BAKED_FIELDS = ("skipped_layers",)  # of a checkpoint whose route is frozen, so that nothing is left to route
 
 
-class RoeLlavaConfig(LlavaConfig):
-    """Configuration of [`RoeLlavaForConditionalGeneration`].
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class RoutingConfig:
+    """Put in front of a stock multimodal configuration: what RoE adds to it.
 
     Args:
         adapter_size (`int`, defaults to 1024):
@@ -61,9 +65,12 @@ class RoeLlavaConfig(LlavaConfig):
             all. They hold their norm and adapter alone, the others always run, and there are no routers and no routing
             tokens; `routed_layers` is then empty, `route_bias` and `skip_calibration` are `None`. `None`: routers
             decide. Read when layers are built, and at every prefill and training pass.
+
+    Attributes:
+        base_types: `model_type` of the stock configurations whose checkpoints it opens too.
     """
 
-    model_type = "roe_llava"
+    base_types: ClassVar[tuple[str, ...]]
 
     adapter_size: int = 1024
     routed_layers: list[int] | None = None
@@ -98,9 +105,10 @@ class RoeLlavaConfig(LlavaConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
-        """As in Transformers; a stock LLaVA's config is one that leaves the routing fields out, and no mistake."""
+        """As in Transformers; a stock config is one that leaves the routing fields out, and no mistake."""
         content, kwargs = super().get_config_dict(*args, **kwargs)
-        return (content | {"model_type": cls.model_type} if content.get("model_type") == "llava" else content), kwargs
+        is_stock = content.get("model_type") in cls.base_types
+        return (content | {"model_type": cls.model_type} if is_stock else content), kwargs
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -153,4 +161,11 @@ class RoeLlavaConfig(LlavaConfig):
         return sorted(layers)
 
 
-__all__ = ["RoeLlavaConfig"]
+class RoeLlavaConfig(RoutingConfig, LlavaConfig):
+    """Configuration of [`RoeLlavaForConditionalGeneration`]: that of LLaVA and [`RoutingConfig`]."""
+
+    model_type = "roe_llava"
+    base_types = ("llava",)
+
+
+__all__ = ["RoeLlavaConfig", "RoutingConfig"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .. import configuration_roe, modeling_roe_llava, processing_roe
+from .. import configuration_roe, decoder_roe, modeling_roe_llava, processing_roe
 from ..loading_roe import AUTO_MAP
 from .output import write_json
 from .source import blamed_on, read_json
@@ -53,10 +53,10 @@ def read_base_config(folder: Path) -> dict:
     if not isinstance(config.get("text_config"), dict):
         raise ValueError(f"{path} has no text_config, expected the language model's configuration: is the file whole?")
     text_type = config["text_config"].get("model_type", "llama")  # LLaVA's own default
-    if not isinstance(text_type, str) or text_type not in modeling_roe_llava.LANGUAGE_MODELS:
+    if not isinstance(text_type, str) or text_type not in decoder_roe.LANGUAGE_MODELS:
         raise ValueError(
             f"text_config.model_type {text_type!r} in {path} is not supported, routed decoders are "
-            f"{sorted(modeling_roe_llava.LANGUAGE_MODELS)}"
+            f"{sorted(decoder_roe.LANGUAGE_MODELS)}"
         )
     check_opens(config, path)
     return config
