@@ -13,6 +13,7 @@ from transformers import LlavaConfig
 from transformers.utils.versions import require_version
 
 from .calibration_roe import SkipCalibration
+from .configuration_frontend import BASE_TYPES, STOCK_PROJECTOR, check_projector_type, own_vision_config
 
 # Before the other files are imported, which use names that older versions lack.
 require_version("transformers>=5.19.0", "RoE-LLaVA needs it: pip install -U transformers")
@@ -67,7 +68,7 @@ class RoutingConfig:
             decide. Read when layers are built, and at every prefill and training pass.
 
     Attributes:
-        base_types: `model_type` of the stock configurations whose checkpoints it opens too.
+        base_types: `model_type` of the bases whose checkpoints it opens too.
     """
 
     base_types: ClassVar[tuple[str, ...]]
@@ -105,10 +106,10 @@ class RoutingConfig:
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
-        """As in Transformers; a stock config is one that leaves the routing fields out, and no mistake."""
+        """As in Transformers; a base's config is one that leaves the routing fields out, and no mistake."""
         content, kwargs = super().get_config_dict(*args, **kwargs)
-        is_stock = content.get("model_type") in cls.base_types
-        return (content | {"model_type": cls.model_type} if is_stock else content), kwargs
+        is_base = content.get("model_type") in cls.base_types
+        return (content | {"model_type": cls.model_type} if is_base else content), kwargs
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -162,10 +163,22 @@ class RoutingConfig:
 
 
 class RoeLlavaConfig(RoutingConfig, LlavaConfig):
-    """Configuration of [`RoeLlavaForConditionalGeneration`]: that of LLaVA and [`RoutingConfig`]."""
+    """Configuration of [`RoeLlavaForConditionalGeneration`]: that of LLaVA, [`RoutingConfig`], and the front-end.
+
+    Args:
+        projector_type (`str`, defaults to `"mlp2x_gelu"`):
+            The base's projector, as in `FrontendLlavaConfig`. Read when the model is built.
+    """
 
     model_type = "roe_llava"
-    base_types = ("llava",)
+    base_types = BASE_TYPES
+
+    projector_type: str = STOCK_PROJECTOR
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = own_vision_config(self.vision_config)
+        check_projector_type(self.projector_type)
+        super().__post_init__(**kwargs)
 
 
 __all__ = ["RoeLlavaConfig", "RoutingConfig"]

@@ -34,6 +34,7 @@ from .adapter_roe import (
     split_routing_parts,
 )
 from .baked_roe import refuse_baked
+from .configuration_frontend import A_BASE, BASE_TYPES
 from .configuration_roe import BAKED_FIELDS, ROUTING_FIELDS
 from .identity_roe import difference, record_name, signatures_of, tensor_kind
 from .loading_roe import RoeLoadingMixin, source_config
@@ -137,10 +138,10 @@ class RoeGraftingMixin(RoeLoadingMixin):
             raise ValueError(f"{listed(own)} given to from_base: sizes and routing fields are the adapter's")
         options = kwargs | ({} if revision is None else {"revision": revision})
         config = source_config(base, options)
-        if config.get("model_type") != "llava":
+        if config.get("model_type") not in BASE_TYPES:
             raise ValueError(
-                f"{base} has model_type {config.get('model_type')!r}, expected 'llava': parts are put onto llava-hf "
-                "checkpoints; open a RoE checkpoint with from_pretrained, and swap its parts with load_routing"
+                f"{base} has model_type {config.get('model_type')!r}, expected {A_BASE}: parts are put onto "
+                "bases; open a RoE checkpoint with from_pretrained, and swap its parts with load_routing"
             )
         whole = cls.config_class.from_dict({**config, "model_type": cls.config_class.model_type})
         check_fits(info.sizes, RoutingSizes.of_config(whole), "the adapter", base)

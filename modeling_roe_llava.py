@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModel, LlavaMultiModalProjector
+from transformers import Cache, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModel
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
@@ -34,6 +34,7 @@ from .generation_roe import ROUTING_ARGUMENTS
 from .grafting_roe import RoeGraftingMixin
 from .grouping_roe import RoeGroupingMixin
 from .loading_roe import RefusesFlashAttention, register_names
+from .modeling_frontend import build_projector, build_vision_tower
 from .modules_roe import check_routers
 from .phases_roe import RoutingPhase, roe_loss
 from .report_roe import ROWS_PER_PROMPT, RoeReportMixin, RoutingTally
@@ -87,10 +88,10 @@ class RoutedModel(RoutedPreTrainedModel):
     """Put in front of a stock multimodal model's class: its language model is routed. Nothing else is another.
 
     Attributes:
-        projector_class: the stock projector's, made of the configuration.
+        new_projector: makes the projector of a configuration.
     """
 
-    projector_class: type[nn.Module]
+    new_projector: Callable[[PreTrainedConfig], nn.Module]
 
     def __init__(self, config: PreTrainedConfig):
         # Not the stock class's __init__, which would build a stock language model first.
@@ -102,8 +103,8 @@ class RoutedModel(RoutedPreTrainedModel):
 
     def build_front_end(self, config: PreTrainedConfig) -> None:
         """What comes before the language model, under the stock class's names."""
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = self.projector_class(config)
+        self.vision_tower = build_vision_tower(config)
+        self.multi_modal_projector = self.new_projector(config)
 
     def forward(
         self,
@@ -320,10 +321,10 @@ class RoeLlavaCausalLMOutputWithPast(RoutedOutput, LlavaCausalLMOutputWithPast):
 
 
 class RoeLlavaModel(RoutedModel, LlavaModel):
-    """LLaVA's vision tower, projector and a routed language model, without a head."""
+    """LLaVA's front-end, or one of ours, and a routed language model, without a head."""
 
     config: RoeLlavaConfig
-    projector_class = LlavaMultiModalProjector
+    new_projector = staticmethod(build_projector)
 
 
 class RoeLlavaForConditionalGeneration(RoutedForConditionalGeneration, LlavaForConditionalGeneration):

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from ..modeling_frontend import FrontendLlavaForConditionalGeneration
 from ..modeling_moe_llava import MoeLlavaForConditionalGeneration
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from .keys import EXPORT_KEYS, renamed
@@ -22,7 +23,11 @@ def expected_shapes(config: dict) -> tuple[dict[str, tuple[int, ...]], set[str]]
     Args:
         config: content of its config.json.
     """
-    own = (RoeLlavaForConditionalGeneration, MoeLlavaForConditionalGeneration)
+    own = (
+        RoeLlavaForConditionalGeneration,
+        MoeLlavaForConditionalGeneration,
+        FrontendLlavaForConditionalGeneration,
+    )
     classes = {cls.config_class.model_type: cls for cls in own}
     cls = classes.get(config["model_type"], LlavaForConditionalGeneration)
     with torch.device("meta"):

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import configuration_roe, decoder_roe, modeling_roe_llava, processing_roe
+from ..configuration_frontend import A_BASE, BASE_TYPES
 from ..loading_roe import AUTO_MAP
+from .code_files import code_of, copy_code
 from .output import write_json
 from .source import blamed_on, read_json
 
@@ -45,10 +46,11 @@ def read_base_config(folder: Path) -> dict:
             f"{path} has model_type {model_type!r}: this base already has routing parts; take its own base, or "
             "split it with extract --full"
         )
-    if model_type != "llava":
+    if model_type not in BASE_TYPES:
         raise ValueError(
-            f"{path} has model_type {model_type!r}, expected 'llava': RoE is grafted onto llava-hf checkpoints "
-            "(an original LLaVA goes through import-llava first, a published RoE checkpoint through import-reference)"
+            f"{path} has model_type {model_type!r}, expected {A_BASE}: RoE is grafted onto checkpoints in "
+            "llava-hf's layout (an original LLaVA goes through import-llava first, a published RoE checkpoint through "
+            "import-reference)"
         )
     if not isinstance(config.get("text_config"), dict):
         raise ValueError(f"{path} has no text_config, expected the language model's configuration: is the file whole?")
@@ -212,18 +214,10 @@ def write_companions(companions: Companions, folder: Path) -> None:
 
 
 def code_files() -> dict[str, Path]:
-    """Name to place of every file of the code that `trust_remote_code=True` loads.
-
-    The list is what Transformers itself finds by following relative imports.
-    """
-    entries = [module.__file__ for module in (configuration_roe, modeling_roe_llava, processing_roe)]
-    needed = {Path(file) for entry in entries for file in [entry, *get_relative_import_files(entry)]}
-    return {path.name: path for path in sorted(needed)}
+    """Name to place of every file of the code that `trust_remote_code=True` loads."""
+    return code_of(configuration_roe, modeling_roe_llava, processing_roe)
 
 
 def write_code(folder: Path) -> list[str]:
     """Copy the code that `trust_remote_code=True` loads; names of the files."""
-    needed = code_files()
-    for name, path in needed.items():
-        shutil.copyfile(path, folder / name)
-    return [*needed]
+    return copy_code(code_files(), folder)

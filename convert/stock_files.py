@@ -1,11 +1,14 @@
-"""A model folder without RoE: the config, processor and tokenizer of the stock LLaVA inside a RoE checkpoint."""
+"""A model folder without RoE: the config, processor and tokenizer of the base inside a RoE checkpoint."""
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
 
-from ..configuration_roe import ROUTING_FIELDS, RoeLlavaConfig
+from ..configuration_frontend import STOCK_PROJECTOR, STOCK_TYPE, FrontendLlavaConfig, base_type_of
+from ..configuration_roe import BAKED_FIELDS, ROUTING_FIELDS
+from ..loading_frontend import FRONTEND_AUTO_MAP
+from ..modeling_frontend import FrontendLlavaForConditionalGeneration
+from .code_files import write_frontend_code
 from .folder_files import COMPANIONS, OWN, WEIGHT_SUFFIXES
 from .output import write_json
 from .source import read_json
@@ -15,10 +18,17 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokeniz
 
 
 def stock_config(config: dict) -> dict:
-    """config.json of a RoE checkpoint as stock LLaVA's: without routing fields, provenance and code."""
-    own = {*ROUTING_FIELDS, *inspect.get_annotations(RoeLlavaConfig), "auto_map"}
+    """config.json of a RoE checkpoint as its base's: without routing fields, provenance and code of RoE."""
+    own = {*ROUTING_FIELDS, *BAKED_FIELDS, "projector_type", "auto_map"}
     kept = {name: value for name, value in config.items() if name not in own and not name.startswith("roe_")}
-    return kept | {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    if base_type_of(config) == STOCK_TYPE:
+        return kept | {"model_type": STOCK_TYPE, "architectures": ["LlavaForConditionalGeneration"]}
+    return kept | {
+        "model_type": FrontendLlavaConfig.model_type,
+        "architectures": [FrontendLlavaForConditionalGeneration.__name__],
+        "auto_map": FRONTEND_AUTO_MAP,
+        "projector_type": config.get("projector_type", STOCK_PROJECTOR),
+    }
 
 
 def stock_processor(content):
@@ -57,6 +67,8 @@ class StockFiles:
             copyfile(path, copy)
         for name, content in self.written.items():
             write_json(target / name, content)
+        if self.written["config.json"]["model_type"] == FrontendLlavaConfig.model_type:
+            write_frontend_code(target)
 
 
 def find_stock_files(folder: Path, config: dict, used) -> StockFiles:

@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoProcessor
 
 from ..benchmarks.environment import describe_machine
 from ..benchmarks.timing import compare_times
+from ..configuration_frontend import FrontendLlavaConfig
 from ..grafting_roe import no_warning_of_missing_parts
+from ..modeling_frontend import base_class_of
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from .adapter_file import ABOUT_NAME
 from .completeness import check_complete
@@ -116,7 +118,7 @@ def verify(
     report = Report(setup={"device": device, "dtype": dtype, **describe_machine()})
     if roe_source is not None:
         check_bytes(report, base_source, roe_source, show)
-    processor = load_processor(base_source, LlavaConfig.from_dict(config).image_token_index)
+    processor = load_processor(base_source, FrontendLlavaConfig.from_dict(config).image_token_index)
     stock = load_stock(base_source, dtype, device)
     prompts = prompts_for(processor, stock)
     expected = {name: answer(stock, inputs, num_tokens) for name, inputs in prompts.items()}
@@ -214,7 +216,8 @@ def load_stock(base: Source, dtype: str, device: str):
 
     Raises: ValueError if a weight of it would be made up.
     """
-    model, info = LlavaForConditionalGeneration.from_pretrained(base.folder, dtype=dtype, output_loading_info=True)
+    cls = base_class_of(read_json(base.folder / "config.json"))
+    model, info = cls.from_pretrained(base.folder, dtype=dtype, output_loading_info=True)
     if wrong := [name for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in info[kind]]:
         raise ValueError(
             f"{base.folder} does not load as a whole: {listed(sorted(map(str, wrong)))} is missing, unknown or of "

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from ..grafting_roe import share_tensors
+from ..modeling_frontend import base_class_of
 
 # Question to whether it comes with the image.
 PROMPTS = {
@@ -199,10 +200,9 @@ def executed_layers(model):
 def stock_twin(model) -> LlavaForConditionalGeneration:
     """A stock model on the tensors of a RoE model."""
     content = {name: value for name, value in model.config.to_dict().items() if name != "auto_map"}
-    config = LlavaConfig.from_dict(content | {"model_type": "llava", "architectures": None})
+    cls = base_class_of(content)
+    config = cls.config_class.from_dict(content | {"model_type": cls.config_class.model_type, "architectures": None})
     with torch.device("meta"):
-        twin = LlavaForConditionalGeneration._from_config(
-            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-        )
+        twin = cls._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
     share_tensors(twin, model)
     return twin.eval()

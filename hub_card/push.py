@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from ..adapter_roe import ABOUT_NAME, AdapterInfo
+from ..configuration_frontend import A_BASE, BASE_TYPES
 from ..convert.fingerprint import base_signatures
 from ..convert.folder_files import code_files, grafted_config
 from ..convert.source import resolve_source
@@ -135,8 +136,8 @@ def add_what_opens(plan: Push, base: str | None, base_revision: str | None) -> N
         raise ValueError(
             f"the base {base_id} at {commit}, which {plan.folder.path / ABOUT_NAME} names, cannot be had: {reason}"
         ) from error
-    if config.get("model_type") != "llava":
-        raise ValueError(f"the base {base_id} has model_type {config.get('model_type')!r}, expected 'llava'")
+    if config.get("model_type") not in BASE_TYPES:
+        raise ValueError(f"the base {base_id} has model_type {config.get('model_type')!r}, expected {A_BASE}")
     origin = {name: info.base.get(name) for name in ("id", "revision", "fingerprint")}
     whole = grafted_config(config, info.routing_fields, {"base": origin, "training": info.training})
     plan.files["config.json"] = as_json(whole | {"roe_adapter_only": True})

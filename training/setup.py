@@ -9,6 +9,8 @@ import torch
 from transformers import TrainingArguments
 
 from ..baked_roe import refuse_baked
+from ..configuration_frontend import A_BASE, BASE_TYPES
+from ..configuration_roe import RoeLlavaConfig
 from ..convert.fingerprint import describe_base
 from ..convert.source import Source, blamed_on, read_json, resolve_source
 from ..grafting_roe import no_warning_of_missing_parts
@@ -53,10 +55,10 @@ def find_model(options: ModelOptions) -> Source:
     source = resolve_source(options.model, options.revision)
     config = read_json(source.folder / "config.json")
     model_type = config.get("model_type")
-    if model_type not in ("llava", "roe_llava"):
+    if model_type not in (*BASE_TYPES, RoeLlavaConfig.model_type):
         raise ValueError(
-            f"{source.folder} has model_type {model_type!r}, expected 'llava' (llava-hf's layout) or 'roe_llava': an "
-            "original LLaVA goes through roe-llava import-llava first"
+            f"{source.folder} has model_type {model_type!r}, expected {A_BASE} or 'roe_llava': an "
+            " original LLaVA goes through roe-llava import-llava first"
         )
     refuse_baked(config.get("skipped_layers"), "there is no routing to train", source.folder)
     return source

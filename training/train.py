@@ -14,6 +14,7 @@ from transformers import ProgressCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
+from ..configuration_frontend import BASE_TYPES
 from ..convert.source import Source, read_json
 from . import lora, setup
 from .data import batches_of, spread_over
@@ -271,7 +272,7 @@ def written(run: Run) -> list[str]:
     folder, start, result = run.folder, repr(str(run.source.folder)), repr(str(run.folder.result))
     use = f"from_pretrained({result})"
     if run.options.model.train_base == "frozen":
-        is_stock = read_json(run.source.folder / "config.json")["model_type"] == "llava"
+        is_stock = read_json(run.source.folder / "config.json")["model_type"] in BASE_TYPES
         use = f"from_base({start}, {result})" if is_stock else f"from_pretrained({start}).load_routing({result})"
     shown = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary(run)["measured"].items()]
     found = None if run.trainer.teacher is None else run.trainer.teacher.describe()
