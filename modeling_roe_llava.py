@@ -33,7 +33,7 @@ from .decoder_roe import build_language_model
 from .generation_roe import ROUTING_ARGUMENTS
 from .grafting_roe import RoeGraftingMixin
 from .grouping_roe import RoeGroupingMixin
-from .loading_roe import RefusesFlashAttention, register_names
+from .loading_roe import AUTO_MAP, RefusesFlashAttention, register_names
 from .modeling_frontend import build_projector, build_vision_tower
 from .modules_roe import check_routers
 from .phases_roe import RoutingPhase, roe_loss
@@ -333,6 +333,7 @@ class RoeLlavaForConditionalGeneration(RoutedForConditionalGeneration, LlavaForC
     config: RoeLlavaConfig
     model_class = RoeLlavaModel
     output_class = RoeLlavaCausalLMOutputWithPast
+    code_map = AUTO_MAP
     forward = forward_like(LlavaForConditionalGeneration)
 
 
