@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from ..loading_roe import stock_class
 from ..modeling_frontend import FrontendLlavaForConditionalGeneration
 from ..modeling_moe_llava import MoeLlavaForConditionalGeneration
-from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
+from .bases import KINDS
 from .keys import EXPORT_KEYS, renamed
 from .made_tensors import check_dtype
 from .source import blamed_on
@@ -24,7 +25,7 @@ def expected_shapes(config: dict) -> tuple[dict[str, tuple[int, ...]], set[str]]
         config: content of its config.json.
     """
     own = (
-        RoeLlavaForConditionalGeneration,
+        *(cls for kind in KINDS for cls in (kind.head, stock_class(kind.head))),
         MoeLlavaForConditionalGeneration,
         FrontendLlavaForConditionalGeneration,
     )

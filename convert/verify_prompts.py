@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from ..grafting_roe import share_tensors
-from ..modeling_frontend import base_class_of
+from .bases import is_routed, kind_of
 
 # Question to whether it comes with the image.
 PROMPTS = {
@@ -123,7 +123,7 @@ def answer(model, inputs, num_tokens: int, **routing) -> Answer:
         outputs.logits.float().cpu(),
         torch.stack(written.logits, dim=1).float().cpu(),
         written.sequences[:, -num_tokens:].tolist(),
-        getattr(outputs, "routes", None) if model.config.model_type == "roe_llava" else None,
+        getattr(outputs, "routes", None) if is_routed(model.config.model_type) else None,
         None if logits is None else (logits[..., 0] - logits[..., 1]).abs().float().cpu(),
     )
 
@@ -200,7 +200,7 @@ def executed_layers(model):
 def stock_twin(model) -> LlavaForConditionalGeneration:
     """A stock model on the tensors of a RoE model."""
     content = {name: value for name, value in model.config.to_dict().items() if name != "auto_map"}
-    cls = base_class_of(content)
+    cls = kind_of(content).base_class(content)
     config = cls.config_class.from_dict(content | {"model_type": cls.config_class.model_type, "architectures": None})
     with torch.device("meta"):
         twin = cls._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation)

@@ -36,7 +36,11 @@ def open_checkpoint(pretrained: str, *, revision=None, trust_remote_code=False, 
     Raises: ValueError if the checkpoint is not RoE and no dense run was asked for, or it has no chat template.
     """
     load_options = {name: value for name, value in load_options.items() if value is not None}
+    from ..convert.bases import is_routed, refuse_other_bases  # loads every class there is
+
     found = checkpoint_type(pretrained, revision)
+    if is_routed(found):  # any other model may run dense
+        refuse_other_bases(found, pretrained, "evaluate")
     if found != MODEL_TYPE and not dense:
         raise ValueError(
             f"{pretrained} is a {found!r} checkpoint, not {MODEL_TYPE!r}: it has no routers and would run dense. Graft "

@@ -15,6 +15,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from ..adapter_roe import ABOUT_NAME
+from ..convert.bases import code_of_adapter
 from ..convert.folder_files import code_files
 from ..convert.output import current_umask
 from ..convert.source import read_json
@@ -217,7 +218,8 @@ def code_table(folder: ModelFolder, code: Mapping[str, Path] | None = None) -> l
         code: name to place of the files; the folder's own if not given, the installed ones where it has none.
     """
     rows = []
-    for name, installed in code_files().items():
+    known = code_of_adapter(folder.info.base) if folder.is_adapter else code_files(folder.config)
+    for name, installed in known.items():
         path = (code or {}).get(name, folder.path / name)
         content = (path if path.is_file() else installed).read_bytes()
         text = (ast.get_docstring(ast.parse(content)) or "").partition("\n\n")[0].replace("\n", " ")

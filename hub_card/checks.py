@@ -8,12 +8,10 @@ from pathlib import Path, PurePosixPath
 from transformers import AutoProcessor, ProcessorMixin
 
 from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME, listed
-from ..configuration_roe import RoeLlavaConfig
-from ..convert.folder_files import COMPANIONS, PROCESSOR_MAP, code_files
+from ..convert.bases import KINDS, kind_of
+from ..convert.folder_files import COMPANIONS
 from ..convert.source import blamed_on, read_json
 from ..hub_roe import TEXT_SUFFIXES, check_text
-from ..loading_roe import AUTO_MAP
-from ..processing_roe import RoeLlavaProcessor
 from .folder import CARD, ModelFolder
 
 # What a page shows beside the model.
@@ -30,7 +28,9 @@ def chosen_files(folder: ModelFolder, leave_out: Iterable[str] = ()) -> dict[str
     """
     found = {path.relative_to(folder.path).as_posix(): path for path in sorted(folder.path.rglob("*"))}
     files = {name: path for name, path in found.items() if path.is_file() and not is_left_out(name, leave_out)}
-    wanted = [*COMPANIONS, *PAGE, *code_files()]
+    # An adapter may carry the code of any kind: its base says which.
+    kinds = KINDS if folder.is_adapter else [kind_of(folder.config)]
+    wanted = [*COMPANIONS, *PAGE, *(name for kind in kinds for name in kind.code_files())]
     if folder.is_adapter:
         weights = {WEIGHTS_NAME, ABOUT_NAME}
     else:
@@ -63,9 +63,8 @@ def is_left_out(name: str, patterns: Iterable[str]) -> bool:
 # --------------------------------------------------------------------------------------------------------------- code
 
 
-def check_code(files: dict[str, Path], folder: Path) -> None:
+def check_code(files: dict[str, Path], folder: Path, installed: dict[str, Path]) -> None:
     """Raises: ValueError naming a code file that is missing, or other than the installed one."""
-    installed = code_files()
     if missing := [name for name in installed if name not in files]:
         raise ValueError(
             f"{folder} lacks {listed(missing)}, which trust_remote_code=True runs: save model and processor again "
@@ -81,12 +80,14 @@ def check_code(files: dict[str, Path], folder: Path) -> None:
 def check_auto_map(folder: ModelFolder) -> None:
     """Raises: ValueError if config.json or the processor names other code than the folder holds."""
     path = folder.path / "config.json"
-    if not folder.is_adapter and (found := folder.config.get("auto_map")) != AUTO_MAP:
-        raise ValueError(f"{path} has auto_map {found}, expected {AUTO_MAP}: save the model again (save_pretrained)")
+    expected = None if folder.is_adapter else kind_of(folder.config).head.code_map
+    if not folder.is_adapter and (found := folder.config.get("auto_map")) != expected:
+        raise ValueError(f"{path} has auto_map {found}, expected {expected}: save the model again (save_pretrained)")
     path = folder.path / "processor_config.json"
     content = read_json(path) if path.is_file() else {}
-    if content.get("processor_class") == RoeLlavaProcessor.__name__ and content.get("auto_map") != PROCESSOR_MAP:
-        raise ValueError(f"{path} has auto_map {content.get('auto_map')}, expected {PROCESSOR_MAP}: save it again")
+    expected = {kind.processor.__name__: kind.processor_map for kind in KINDS}.get(content.get("processor_class"))
+    if expected is not None and content.get("auto_map") != expected:
+        raise ValueError(f"{path} has auto_map {content.get('auto_map')}, expected {expected}: save it again")
 
 
 # ---------------------------------------------------------------------------------------------------------- processor
@@ -107,13 +108,13 @@ def check_processor(folder: ModelFolder) -> ProcessorMixin | None:
             "processor.save_pretrained into it first"
         )
     with blamed_on(path):
-        is_ours = read_json(path).get("processor_class") == RoeLlavaProcessor.__name__
-        cls = RoeLlavaProcessor if is_ours else AutoProcessor
+        ours = {kind.processor.__name__: kind.processor for kind in KINDS}
+        cls = ours.get(read_json(path).get("processor_class"), AutoProcessor)
         processor = cls.from_pretrained(folder.path, trust_remote_code=False)  # the class at hand, not the folder's
     if folder.is_adapter:
         return processor
     found = processor.tokenizer.get_vocab().get(processor.image_token)
-    expected = RoeLlavaConfig.from_dict(folder.config).image_token_id
+    expected = kind_of(folder.config).open_config(folder.config).image_token_id
     if found != expected:
         raise ValueError(
             f"the tokenizer in {folder.path} gives the image token {processor.image_token!r} the id {found}, the model "

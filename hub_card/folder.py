@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapter_roe import ABOUT_NAME, AdapterInfo, expanded
-from ..configuration_roe import RoeLlavaConfig
 from ..convert.adapter_file import open_adapter
+from ..convert.bases import A_ROUTED_MODEL, is_routed
 from ..convert.completeness import check_complete
 from ..convert.routing_parts import open_routing_parts
 from ..convert.source import Source, read_json
@@ -59,10 +59,10 @@ def open_folder(path: str | Path) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has neither config.json nor {ABOUT_NAME}: is it a RoE checkpoint or an adapter file?")
     config = read_json(path / "config.json")
-    if config.get("model_type") != RoeLlavaConfig.model_type:
+    if not is_routed(config.get("model_type")):
         raise ValueError(
             f"{path / 'config.json'} has model_type {config.get('model_type')!r}, expected "
-            f"{RoeLlavaConfig.model_type!r}: only RoE folders are checked and get a card; any other goes to the Hub "
+            f"{A_ROUTED_MODEL}: only RoE folders are checked and get a card; any other goes to the Hub "
             "with `hf upload`"
         )
     if config.get("skipped_layers") is not None:

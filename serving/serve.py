@@ -5,11 +5,13 @@ route per request, and hands the arguments on. Answers take the routes that `gen
 """
 
 import argparse
+from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers.models.auto import modeling_auto
 
 from ..configuration_roe import RoeLlavaConfig
+from ..convert.bases import refuse_other_bases
 from ..evaluation.loading import MODEL_TYPE, checkpoint_type
 from ..generation_roe import bias_for_skip_ratio
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
@@ -91,6 +93,12 @@ def check_routed(words: list[str]) -> None:
         raise ValueError(f"--skip-ratio: {words[0]} is a {found!r} checkpoint, not {MODEL_TYPE!r}: nothing is skipped")
 
 
+def check_base(words: list[str]) -> None:
+    """Raises: ValueError if the first word is a folder of RoE on another base, which the server would not know."""
+    if words and (Path(words[0]) / "config.json").is_file():
+        refuse_other_bases(checkpoint_type(words[0]), words[0], "serve")
+
+
 def check_installed() -> None:
     """Raises: ValueError if the server's requirements are missing."""
     from transformers.utils.import_utils import is_serve_available
@@ -114,6 +122,7 @@ def run(args) -> int:
         print(USAGE)
     else:
         check_installed()
+        check_base(words)
         if skip_ratio is not None:
             check_routed(words)
         register(skip_ratio)
