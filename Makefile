@@ -34,7 +34,7 @@ test-slow: .venv/installed  ## what trains or takes longer than a minute
 	$(OFFLINE) $(BIN)/python -m pytest -m slow $(TEST_ARGS) || test $$? -eq 5
 
 # What a version of Transformers can break: the model, its loading and code, caches, processor, generation, training.
-OLDEST_TESTS := model loading remote_code cache processor generation golden calibrate settle training trainer contract \
+OLDEST_TESTS := model family loading remote_code cache processor generation golden calibrate settle training trainer contract \
 	from_base report routing_arguments
 test-oldest: .venv/oldest  ## the same on the oldest Transformers that setup.cfg allows
 	PYTHONPATH=.venv/oldest $(BIN)/python -c "import transformers as t; v = t.__version__; print(v); assert v.startswith('$(OLDEST).'), v"

@@ -1,10 +1,13 @@
 """Configuration of a LLaVA with Routing Experts (RoE, ICLR 2025, arXiv 2407.14093).
 
-`RoeLlavaConfig` is `LlavaConfig` plus what decides the shape and the use of the routing parts. Learning rates, stage
-boundaries and other training settings are arguments of the training, not of the model.
+`RoutingConfig`, put in front of a stock configuration, is what decides the shape and the use of the routing parts;
+`RoeLlavaConfig` is `LlavaConfig` with it. Learning rates, stage boundaries and other training settings are arguments of
+the training, not of the model.
 """
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers import LlavaConfig
 from transformers.utils.versions import require_version
@@ -29,8 +32,9 @@ ROUTING_FIELDS = (
 BAKED_FIELDS = ("skipped_layers",)  # of a checkpoint whose route is frozen, so that nothing is left to route
 
 
-class RoeLlavaConfig(LlavaConfig):
-    """Configuration of [`RoeLlavaForConditionalGeneration`].
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class RoutingConfig:
+    """Put in front of a stock multimodal configuration: what RoE adds to it.
 
     Args:
         adapter_size (`int`, defaults to 1024):
@@ -62,11 +66,12 @@ class RoeLlavaConfig(LlavaConfig):
             all. They hold their norm and adapter alone, the others always run, and there are no routers and no routing
             tokens; `routed_layers` is then empty, `route_bias` and `skip_calibration` are `None`. `None`: routers
             decide. Read when layers are built, and at every prefill and training pass.
-        projector_type (`str`, defaults to `"mlp2x_gelu"`):
-            The base's projector, as in `FrontendLlavaConfig`. Read when the model is built.
+
+    Attributes:
+        base_types: `model_type` of the bases whose checkpoints it opens too.
     """
 
-    model_type = "roe_llava"
+    base_types: ClassVar[tuple[str, ...]]
 
     adapter_size: int = 1024
     routed_layers: list[int] | None = None
@@ -76,11 +81,8 @@ class RoeLlavaConfig(LlavaConfig):
     route_bias: list[float] | None = None
     skip_calibration: dict | None = None
     skipped_layers: list[int] | None = None
-    projector_type: str = STOCK_PROJECTOR
 
     def __post_init__(self, **kwargs):
-        self.vision_config = own_vision_config(self.vision_config)
-        check_projector_type(self.projector_type)
         super().__post_init__(**kwargs)
         if isinstance(self.adapter_size, bool) or not isinstance(self.adapter_size, int) or self.adapter_size < 1:
             raise ValueError(f"adapter_size must be a positive integer, got {self.adapter_size!r}")
@@ -106,7 +108,7 @@ class RoeLlavaConfig(LlavaConfig):
     def get_config_dict(cls, *args, **kwargs):
         """As in Transformers; a base's config is one that leaves the routing fields out, and no mistake."""
         content, kwargs = super().get_config_dict(*args, **kwargs)
-        is_base = content.get("model_type") in BASE_TYPES
+        is_base = content.get("model_type") in cls.base_types
         return (content | {"model_type": cls.model_type} if is_base else content), kwargs
 
     @classmethod
@@ -160,4 +162,23 @@ class RoeLlavaConfig(LlavaConfig):
         return sorted(layers)
 
 
-__all__ = ["RoeLlavaConfig"]
+class RoeLlavaConfig(RoutingConfig, LlavaConfig):
+    """Configuration of [`RoeLlavaForConditionalGeneration`]: that of LLaVA, [`RoutingConfig`], and the front-end.
+
+    Args:
+        projector_type (`str`, defaults to `"mlp2x_gelu"`):
+            The base's projector, as in `FrontendLlavaConfig`. Read when the model is built.
+    """
+
+    model_type = "roe_llava"
+    base_types = BASE_TYPES
+
+    projector_type: str = STOCK_PROJECTOR
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = own_vision_config(self.vision_config)
+        check_projector_type(self.projector_type)
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["RoeLlavaConfig", "RoutingConfig"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.hub import cached_files
 
@@ -34,10 +34,10 @@ from .adapter_roe import (
     split_routing_parts,
 )
 from .baked_roe import refuse_baked
-from .configuration_frontend import A_BASE, BASE_TYPES
+from .configuration_frontend import FrontendLlavaConfig
 from .configuration_roe import BAKED_FIELDS, ROUTING_FIELDS
 from .identity_roe import difference, record_name, signatures_of, tensor_kind
-from .loading_roe import RoeLoadingMixin, source_config
+from .loading_roe import RoeLoadingMixin, source_config, stock_class
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 WRITE_A_FOLDER = "write the model into a folder (roe-llava graft BASE ADAPTER OUT) and load that with the same options"
@@ -90,7 +90,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
         optimizer on one changes both), while modules, config and generation settings are the result's own.
 
         Args:
-            base: a loaded `LlavaForConditionalGeneration`, or the folder or Hub id of a llava-hf checkpoint.
+            base: a loaded model of the stock class, or the folder or Hub id of a llava-hf checkpoint.
             adapter: folder or Hub id of an adapter file (`roe_adapter.json` and `roe_adapter.safetensors`).
             check_base: compare every weight of the base with what the adapter recorded in training; reads all of it
                 once. Not possible for a quantised base, or one loaded in another dtype than the adapter was trained on.
@@ -111,7 +111,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
                 "as a folder or Hub id"
             )
         else:
-            check_loaded_base(base)
+            check_loaded_base(base, cls)
             model = cls._around(base, taken.info)
         model._take_adapter(taken, str(adapter), check_base)
         model.tell_what_is_routed()
@@ -138,10 +138,12 @@ class RoeGraftingMixin(RoeLoadingMixin):
             raise ValueError(f"{listed(own)} given to from_base: sizes and routing fields are the adapter's")
         options = kwargs | ({} if revision is None else {"revision": revision})
         config = source_config(base, options)
-        if config.get("model_type") not in BASE_TYPES:
+        if config.get("model_type") not in cls.config_class.base_types:
             raise ValueError(
-                f"{base} has model_type {config.get('model_type')!r}, expected {A_BASE}: parts are put onto "
-                "bases; open a RoE checkpoint with from_pretrained, and swap its parts with load_routing"
+                f"{base} has model_type {config.get('model_type')!r}, expected "
+                f"{' or '.join(map(repr, cls.config_class.base_types))}: parts are put onto bases, and every kind of "
+                "base has a RoE class of its own; open a RoE checkpoint with from_pretrained, and swap its parts with "
+                "load_routing"
             )
         whole = cls.config_class.from_dict({**config, "model_type": cls.config_class.model_type})
         check_fits(info.sizes, RoutingSizes.of_config(whole), "the adapter", base)
@@ -156,7 +158,7 @@ class RoeGraftingMixin(RoeLoadingMixin):
         return model
 
     @classmethod
-    def _around(cls, base: LlavaForConditionalGeneration, info: AdapterInfo):
+    def _around(cls, base: PreTrainedModel, info: AdapterInfo):
         """A model on a loaded base's tensors, its routing parts still empty (on the meta device)."""
         check_fits(info.sizes, RoutingSizes.of_config(routed_config(cls, base.config, {})), "the adapter", "model")
         model = empty_model(cls, base.config, info.routing_fields, base.dtype)
@@ -242,16 +244,17 @@ def base_on_hub(info: AdapterInfo, name) -> tuple[str, str]:
     )
 
 
-def check_loaded_base(base) -> None:
-    """Check that a loaded base is one whose tensors another model can be built on.
+def check_loaded_base(base, cls) -> None:
+    """Check that a loaded base is one whose tensors a model of a RoE class can be built on.
 
     Raises: ValueError saying why not, and what to do.
     """
-    if getattr(getattr(base, "config", None), "model_type", None) == "roe_llava":
+    if str(getattr(getattr(base, "config", None), "model_type", None)).startswith("roe_"):
         raise ValueError("the base has routing parts already: swap them with its load_routing(adapter)")
-    if type(base) is not LlavaForConditionalGeneration:
+    expected = base_class_names(cls)
+    if type(base).__name__ not in expected:
         raise ValueError(
-            f"base is a {type(base).__name__}, expected a LlavaForConditionalGeneration, a folder or a Hub id; merge "
+            f"base is a {type(base).__name__}, expected a {' or '.join(expected)}, a folder or a Hub id; merge "
             "PEFT adapters and take wrappers off first"
         )
     if is_quantised(base):
@@ -266,6 +269,14 @@ def check_loaded_base(base) -> None:
         f"the loaded base {reason}, so no second model can be built on its tensors: pass its folder or Hub id with "
         "the same options instead, from_base(path, adapter, device_map=..., quantization_config=...)"
     )
+
+
+def base_class_names(cls) -> list[str]:
+    """Names of the classes a RoE class builds on: by name, as remote code makes classes anew."""
+    names = [stock_class(cls).__name__]
+    if FrontendLlavaConfig.model_type in cls.config_class.base_types:
+        names.append("FrontendLlavaForConditionalGeneration")
+    return names
 
 
 def is_plain(parameter: nn.Parameter) -> bool:

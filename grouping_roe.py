@@ -38,7 +38,17 @@ WHOLE_TEXT_SETTINGS = {
     "encoder_no_repeat_ngram_size": (None, 0),
     "watermarking_config": (None,),
 }
-OF_A_PROMPT = ("inputs", "input_ids", "attention_mask", "pixel_values", "routing_segments", "image_sizes")
+OF_A_PROMPT = (
+    "inputs",
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "pixel_values_videos",
+    "image_sizes",
+    "image_sizes_videos",
+    "batch_num_images",
+    "routing_segments",
+)
 UNSUPPORTED_INPUTS = ("past_key_values", "inputs_embeds", "position_ids", "mm_encoder_outputs", "labels")
 UNSUPPORTED_ARGUMENTS = {
     **dict.fromkeys(UNSUPPORTED_INPUTS, "prompts are input_ids with their images, and make their own caches"),

@@ -12,31 +12,38 @@ logger = logging.get_logger(__name__)
 # Below Transformers' own logger, so that its verbosity decides, whatever module this file is loaded as.
 notices = logging.get_logger("transformers.roe_llava")
 
-# What opens a saved folder. `AutoModel` gives the generative class, as is usual for remote code.
-AUTO_MAP = {
-    "AutoConfig": "configuration_roe.RoeLlavaConfig",
-    "AutoModel": "modeling_roe_llava.RoeLlavaForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_roe_llava.RoeLlavaForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_roe_llava.RoeLlavaForConditionalGeneration",
-}
+
+def auto_map(config: str, model: str) -> dict[str, str]:
+    """What opens a saved folder. `AutoModel` gives the generative class, as is usual for remote code."""
+    generative = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    return {"AutoConfig": config} | dict.fromkeys(generative, model)
+
+
+AUTO_MAP = auto_map("configuration_roe.RoeLlavaConfig", "modeling_roe_llava.RoeLlavaForConditionalGeneration")
 
 # Parts RoE adds to the base, by the part of a parameter's name they are known by.
 ROE_PARTS = (".router.", ".adapter.", ".routing_tokens.")
 
 
 class RoeLoadingMixin(HubMixin):
-    """`from_pretrained` that refuses incomplete checkpoints, `save_pretrained` that names the code."""
+    """`from_pretrained` that refuses incomplete checkpoints, `save_pretrained` that names the code.
+
+    Attributes:
+        code_map: the `auto_map` of its folders.
+    """
+
+    code_map: dict[str, str]
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in Transformers; the folder also gets the code that `trust_remote_code=True` loads."""
-        self.config.auto_map = dict(AUTO_MAP)
+        self.config.auto_map = dict(self.code_map)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, source, *args, output_loading_info=False, allow_untrained=False, **kwargs):
         """As in Transformers, but weights that are not in the checkpoint are an error and not a fresh initialisation.
 
-        A stock LLaVA checkpoint loads whole: its routing parts are new, which a warning says.
+        A stock checkpoint loads whole: its routing parts are new, which a warning says.
 
         Args:
             source: folder or Hub id.
@@ -145,14 +152,19 @@ def missing_weights_message(source, missing: list[str], num_new: int) -> str:
     parts = sum(is_roe_parameter(name) for name in missing)
     return (
         f"{source} lacks {len(missing)} tensors of this model ({parts} of its {num_new} routing tensors): {shown}. "
-        "A RoE checkpoint is never completed with random weights: was a shard lost, or was the folder saved by stock "
-        "LLaVA, which drops the routing parts?"
+        "A RoE checkpoint is never completed with random weights: was a shard lost, or was the folder saved by "
+        "the stock class, which drops the routing parts?"
     )
 
 
+def stock_class(cls: type) -> type:
+    """The class of Transformers' own that a class of ours is put in front of."""
+    return next(one for one in cls.__mro__ if one.__module__.startswith("transformers.models."))
+
+
 def register_names(head: type, base: type) -> None:
-    """Tell Transformers how llava-hf checkpoints name LLaVA's weights, which custom classes do not inherit."""
-    for cls, source in ((head, "llava"), (base, "LlavaModel")):
+    """Tell Transformers how stock checkpoints name their weights, which custom classes do not inherit."""
+    for cls, source in ((head, stock_class(head).config_class.model_type), (base, stock_class(base).__name__)):
         # Overwritten because the Hub loader may execute these files again.
         register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping(source), overwrite=True)
 
@@ -161,7 +173,9 @@ __all__ = [
     "AUTO_MAP",
     "RefusesFlashAttention",
     "RoeLoadingMixin",
+    "auto_map",
     "is_roe_parameter",
     "register_names",
     "source_config",
+    "stock_class",
 ]

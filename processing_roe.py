@@ -1,30 +1,37 @@
-"""Processor of a RoE-LLaVA: stock LLaVA's, plus `routing_segments` (what routing tokens read) and labels on request.
+"""Processor of a RoE model: the stock one, plus `routing_segments` (what routing tokens read) and labels on request.
+
+`RoutedProcessor` is put in front of a stock processor; `RoeLlavaProcessor` is LLaVA's with it.
 
 B batch, S sequence.
 """
 
-from transformers import BatchFeature, LlavaConfig, LlavaProcessor
+from transformers import BatchFeature, LlavaConfig, LlavaProcessor, PreTrainedConfig
 
 CONTEXT, UNREAD = 0, -1
 ANSWER = -2  # while segments are worked out; unread, like padding, once labels are made
 
 
-class RoeLlavaProcessor(LlavaProcessor):
-    """`LlavaProcessor` that also says which token belongs to the context and which to the question of which turn.
+class RoutedProcessor:
+    """Put in front of a stock processor: also says which token is context and which the question of which turn.
 
     Turns are told apart by the role tags of the chat template, whether the text came through `apply_chat_template` or
     was written by hand. Without a chat template there is one turn.
+
+    Attributes:
+        base_config_class: configuration of the stock model, by which the tokenizer's class is chosen.
     """
 
+    base_config_class: type[PreTrainedConfig]
+
     def __call__(self, images=None, text=None, videos=None, audio=None, *, return_labels=False, **kwargs):
-        """As in `LlavaProcessor`, with one or two keys more.
+        """As in the stock processor, with one or two keys more.
 
         Args:
             return_labels: also return `labels` (B, S): the token id where a turn's answer is, its end token included,
                 else -100.
-            Others: as in `LlavaProcessor`.
+            Others: as in the stock processor.
         Returns: its `BatchFeature` with `routing_segments` (B, S) int: 0 context (what precedes the first question,
-            and images), t >= 1 question of turn t with its role tags, -1 answers and padding.
+            images and videos), t >= 1 question of turn t with its role tags, -1 answers and padding.
         Raises: ValueError if the tokenizer cannot tell which characters a token covers, and for routing arguments of
             `generate`.
         """
@@ -56,12 +63,12 @@ class RoeLlavaProcessor(LlavaProcessor):
 
     @classmethod
     def _load_tokenizer_from_pretrained(cls, sub_processor_type, source, subfolder="", **kwargs):
-        """The tokenizer that LLaVA's own processor would load from there."""
+        """The tokenizer that the stock processor would load from there."""
         # AutoTokenizer (5.23) reads a LLaVA's tokenizer.json as it is, whatever tokenizer_config.json says. For a
         # type it does not know it takes that class, and LlamaTokenizer sets its own blanks: not the base's tokens.
         # Without a config it would also ask whether the folder's code is trusted, though this class needs none of it.
         return super()._load_tokenizer_from_pretrained(
-            sub_processor_type, source, subfolder=subfolder, **(kwargs | {"config": LlavaConfig()})
+            sub_processor_type, source, subfolder=subfolder, **(kwargs | {"config": cls.base_config_class()})
         )
 
     @property
@@ -151,6 +158,12 @@ def pop_tensor_type(kwargs: dict):
     return tensor_type
 
 
+class RoeLlavaProcessor(RoutedProcessor, LlavaProcessor):
+    """`LlavaProcessor` that also says which token is context and which the question of which turn."""
+
+    base_config_class = LlavaConfig
+
+
 RoeLlavaProcessor.register_for_auto_class()
 
-__all__ = ["RoeLlavaProcessor"]
+__all__ = ["RoeLlavaProcessor", "RoutedProcessor"]

@@ -26,6 +26,7 @@ from .bake_route import (
     choose_route,
     open_questions,
 )
+from .bases import refuse_other_bases
 from .completeness import check_complete
 from .folder_files import write_code
 from .graft import total_bytes
@@ -151,6 +152,7 @@ def plan_bake(where: Source) -> Plan:
         )
     path = where.folder / "config.json"
     config = read_json(path)
+    refuse_other_bases(config.get("model_type"), path, "bake")
     if config.get("model_type") != RoeLlavaConfig.model_type:
         raise ValueError(
             f"{path} has model_type {config.get('model_type')!r}, expected {RoeLlavaConfig.model_type!r}: only a RoE "

@@ -16,15 +16,13 @@ from tqdm import tqdm
 from ..adapter_roe import ABOUT_NAME, expanded
 from ..baked_roe import refuse_baked
 from ..calibration_roe import SkipCalibration
-from ..configuration_roe import RoeLlavaConfig
-from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
-from ..processing_roe import RoeLlavaProcessor
 from ..training.bad_rows import RowError
 from ..training.calibration import LARGEST_ERROR, RATIOS, calibrate, checked_ratios
 from ..training.chat_prompt import chat_prompt, close_answers
 from ..training.conversation_rows import chat_of_row
 from ..training.prompts import prompts_from
-from .folder_files import write_code
+from .bases import A_ROUTED_MODEL, is_routed, routed_kind
+from .folder_files import read_base_config, write_code
 from .output import check_apart, check_target, new_folder, replace_json, write_json
 from .source import Source, blamed_on, read_json, resolve_source
 from .verify import checked_device, default_device
@@ -103,13 +101,15 @@ def load_model(where: Source, base: str | Path | None, base_revision: str | None
         )
     if is_adapter:
         source = resolve_source(base, base_revision)
-        model = RoeLlavaForConditionalGeneration.from_base(source.folder, where.folder, dtype="auto")
+        kind = routed_kind(read_base_config(source.folder))
+        model = kind.model.from_base(source.folder, where.folder, dtype="auto")
         model = model if dtype == "auto" else model.to(getattr(torch, dtype))
     else:
         source = where
-        model = RoeLlavaForConditionalGeneration.from_pretrained(where.folder, dtype=dtype, **{FIELD: None})
+        kind = routed_kind(read_json(where.folder / "config.json"))
+        model = kind.model.from_pretrained(where.folder, dtype=dtype, **{FIELD: None})
     with blamed_on(source.folder):
-        processor = RoeLlavaProcessor.from_pretrained(source.folder, trust_remote_code=False)  # it is this class's own
+        processor = kind.processor.from_pretrained(source.folder, trust_remote_code=False)
     return model.to(device).eval(), processor
 
 
@@ -125,9 +125,9 @@ def table_file(where: Source) -> Path:
         return where.folder / ABOUT_NAME
     path = where.folder / "config.json"
     content = read_json(path)
-    if content.get("model_type") != RoeLlavaConfig.model_type:
+    if not is_routed(content.get("model_type")):
         raise ValueError(
-            f"{path} has model_type {content.get('model_type')!r}, expected {RoeLlavaConfig.model_type!r}: only a RoE "
+            f"{path} has model_type {content.get('model_type')!r}, expected {A_ROUTED_MODEL}: only a RoE "
             "checkpoint or an adapter folder has routers to calibrate"
         )
     refuse_baked(content.get("skipped_layers"), "there is nothing to calibrate", where.folder)
@@ -172,7 +172,7 @@ def store_table(where: Source, table: SkipCalibration, out: str | Path | None = 
         shutil.copytree(where.folder, folder, ignore=hidden, copy_function=shutil.copyfile, dirs_exist_ok=True)
         write_json(folder / path.name, content)
         if path.name != ABOUT_NAME:
-            write_code(folder)  # an older folder's own code does not know the table
+            write_code(folder, read_json(folder / "config.json"))  # an older folder's own code does not know the table
     return Path(out) / path.name
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ..modeling_frontend import base_class_of
+from .bases import BASES
 from .keys import EXPORT_KEYS, renamed
 from .kinds import kind_of
 from .made_tensors import check_dtype
@@ -23,7 +24,8 @@ def expected_shapes(config: dict) -> tuple[dict[str, tuple[int, ...]], set[str]]
         config: content of its config.json.
     """
     kind = kind_of(config["model_type"])
-    cls = base_class_of(config) if kind is None else kind.model
+    base = BASES.get(config["model_type"])
+    cls = kind.model if kind is not None else base_class_of(config) if base is None else base.base_class(config)
     with torch.device("meta"):
         model = cls(cls.config_class.from_dict(config))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, set(model.all_tied_weights_keys)

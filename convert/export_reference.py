@@ -14,6 +14,7 @@ from ..baked_roe import refuse_baked
 from ..configuration_frontend import STOCK_PROJECTOR
 from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
+from .bases import refuse_other_bases
 from .completeness import check_complete
 from .folder_files import check_opens
 from .graft import check_apart, total_bytes
@@ -142,6 +143,7 @@ def plan_export(source: Source, vision_tower: str | None) -> Plan:
 
 def check_expressible(config: dict, path: Path) -> None:
     """Raises: ValueError naming what the published code cannot express."""
+    refuse_other_bases(config.get("model_type"), path, "export-reference")
     if config.get("model_type") != RoeLlavaConfig.model_type:
         raise ValueError(
             f"{path} has model_type {config.get('model_type')!r}, expected {RoeLlavaConfig.model_type!r}: only a RoE "

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME
-from ..configuration_roe import RoeLlavaConfig
 from ..identity_roe import base_record, difference, fingerprint, record_name
 from .arguments import add_common_arguments, common_options
+from .bases import A_ROUTED_MODEL, is_routed
 from .completeness import check_complete
 from .copying import copy_weights_file
 from .fingerprint import TensorHasher, base_kinds, base_signatures, base_tensors
@@ -106,10 +106,10 @@ def plan_extract(where: Source) -> Plan:
     if (where.folder / ABOUT_NAME).is_file():
         raise ValueError(f"{where.folder} is an adapter file already ({ABOUT_NAME}), expected a RoE checkpoint")
     config = read_json(where.folder / "config.json")
-    if config.get("model_type") != RoeLlavaConfig.model_type:
+    if not is_routed(config.get("model_type")):
         raise ValueError(
             f"{where.folder / 'config.json'} has model_type {config.get('model_type')!r}, expected "
-            f"{RoeLlavaConfig.model_type!r}: only a RoE checkpoint has routing parts to take out"
+            f"{A_ROUTED_MODEL}: only a RoE checkpoint has routing parts to take out"
         )
     parts = open_routing_parts(where)
     return Plan(where, parts.checkpoint, config, parts, StoredTensors(to_disk_names(parts.tensors)))

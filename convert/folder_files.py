@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from .. import configuration_roe, modeling_roe_llava
-from ..configuration_frontend import A_BASE, BASE_TYPES
-from ..loading_roe import AUTO_MAP
+from ..decoder_roe import LANGUAGE_MODELS
+from .bases import A_BASE, is_base, is_routed, routed_kind
+from .code_files import copy_code
 from .kinds import ROE
 from .output import write_json
 from .source import blamed_on, read_json
@@ -30,8 +30,6 @@ COMPANIONS = (
 OWN = ("config.json", "processor_config.json", "roe_adapter.json", "*.index.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 
-PROCESSOR_MAP = {"AutoProcessor": "processing_roe.RoeLlavaProcessor"}
-
 
 def read_base_config(folder: Path) -> dict:
     """A LLaVA base's config.json, as it is written.
@@ -41,12 +39,12 @@ def read_base_config(folder: Path) -> dict:
     path = folder / "config.json"
     config = read_json(path)
     model_type = config.get("model_type")
-    if model_type == configuration_roe.RoeLlavaConfig.model_type:
+    if is_routed(model_type):
         raise ValueError(
             f"{path} has model_type {model_type!r}: this base already has routing parts; take its own base, or "
             "split it with extract --full"
         )
-    if model_type not in BASE_TYPES:
+    if not is_base(model_type):
         raise ValueError(
             f"{path} has model_type {model_type!r}, expected {A_BASE}: RoE is grafted onto checkpoints in "
             "llava-hf's layout (an original LLaVA goes through import-llava first, a published RoE checkpoint through "
@@ -54,11 +52,11 @@ def read_base_config(folder: Path) -> dict:
         )
     if not isinstance(config.get("text_config"), dict):
         raise ValueError(f"{path} has no text_config, expected the language model's configuration: is the file whole?")
-    text_type = config["text_config"].get("model_type", "llama")  # LLaVA's own default
-    if not isinstance(text_type, str) or text_type not in modeling_roe_llava.LANGUAGE_MODELS:
+    text_type = config["text_config"].get("model_type", routed_kind(config).config().text_config.model_type)
+    if not isinstance(text_type, str) or text_type not in LANGUAGE_MODELS:
         raise ValueError(
             f"text_config.model_type {text_type!r} in {path} is not supported, routed decoders are "
-            f"{sorted(modeling_roe_llava.LANGUAGE_MODELS)}"
+            f"{sorted(LANGUAGE_MODELS)}"
         )
     check_opens(config, path)
     return config
@@ -70,9 +68,7 @@ def check_opens(config: dict, path: Path) -> None:
     Raises: ValueError naming the file, whatever Transformers makes of a wrong entry.
     """
     with blamed_on(path):
-        full = configuration_roe.RoeLlavaConfig.from_dict(
-            config | {"model_type": configuration_roe.RoeLlavaConfig.model_type}
-        )
+        full = routed_kind(config).open_config(config)
         if (size := full.text_config.vocab_size) <= full.image_token_index or full.image_token_index < 0:
             raise ValueError(f"image_token_index is {full.image_token_index}, expected one of {size} token ids")
 
@@ -82,30 +78,31 @@ def grafted_config(base: dict, routing_fields: dict, provenance: dict) -> dict:
 
     Args:
         base: content of the base's config.json.
-        routing_fields: of `RoeLlavaConfig`.
+        routing_fields: of `RoutingConfig`.
         provenance: where weights come from: base and training.
     Raises: ValueError if the fields do not fit the base (range, layer numbers).
     """
+    kind = routed_kind(base)
     config = base | {
-        "model_type": configuration_roe.RoeLlavaConfig.model_type,
-        "architectures": [modeling_roe_llava.RoeLlavaForConditionalGeneration.__name__],
-        "auto_map": AUTO_MAP,
+        "model_type": kind.model_type,
+        "architectures": [kind.model.__name__],
+        "auto_map": kind.model.code_map,
         **routing_fields,
         "roe_provenance": provenance,
     }
-    configuration_roe.RoeLlavaConfig.from_dict(config)
+    kind.open_config(config)
     return config
 
 
 def processor_config(folder: Path, config: dict) -> tuple[dict | None, str | None]:
-    """processor_config.json that opens as `RoeLlavaProcessor`.
+    """processor_config.json that opens as the routed processor.
 
     Args:
         folder: of the base.
         config: the base's config.json; gives what old processor files leave out.
     Returns: its content and `None`, or `None` and the reason why there is no such processor.
     """
-    path = folder / "processor_config.json"
+    kind, path = routed_kind(config), folder / "processor_config.json"
     content = read_json(path) if path.is_file() else {}
     preprocessor = folder / "preprocessor_config.json"
     has_images = "image_processor" in content or preprocessor.is_file()
@@ -114,9 +111,10 @@ def processor_config(folder: Path, config: dict) -> tuple[dict | None, str | Non
     named = content.get("processor_class")
     if named is None and preprocessor.is_file():
         named = read_json(preprocessor).get("processor_class")
-    if named not in (None, "LlavaProcessor"):
-        return None, f"the base's {named} is kept: RoeLlavaProcessor stands in for LlavaProcessor alone"
-    content = {"processor_class": "RoeLlavaProcessor", "auto_map": PROCESSOR_MAP} | {
+    ours, stock = kind.processor.__name__, kind.stock_processor
+    if named not in (None, stock):
+        return None, f"the base's {named} is kept: {ours} stands in for {stock} alone"
+    content = {"processor_class": ours, "auto_map": kind.processor_map} | {
         name: value for name, value in content.items() if name not in ("processor_class", "auto_map")
     }
     content.setdefault("image_token", "<image>")
@@ -128,11 +126,18 @@ def processor_config(folder: Path, config: dict) -> tuple[dict | None, str | Non
 
 def processor_defaults(config: dict) -> dict:
     """What the processor has to know of the model to count image tokens."""
-    full = configuration_roe.RoeLlavaConfig.from_dict(config)
+    full = routed_kind(config).open_config(config)
+    if hasattr(full, "vision_aspect_ratio"):  # LLaVA-OneVision counts tokens, not patches
+        return {
+            "num_image_tokens": (full.vision_config.image_size // full.vision_config.patch_size) ** 2,
+            "vision_feature_select_strategy": full.vision_feature_select_strategy,
+            "vision_aspect_ratio": full.vision_aspect_ratio,
+        }
     has_class_token = full.vision_config.model_type == "clip_vision_model"
     return {
         "patch_size": full.vision_config.patch_size,
-        "vision_feature_select_strategy": full.vision_feature_select_strategy,
+        # ViP-LLaVA has no such field and leaves the class token out.
+        "vision_feature_select_strategy": getattr(full, "vision_feature_select_strategy", "default"),
         "num_additional_image_tokens": int(has_class_token),
     }
 
@@ -213,6 +218,15 @@ def write_companions(companions: Companions, folder: Path) -> None:
         write_json(folder / "tokenizer_config.json", companions.tokenizer)
 
 
-def write_code(folder: Path) -> list[str]:
-    """Copy the code of a RoE model; names of the files."""
-    return ROE.write_code(folder)
+def code_files(config: dict | None = None) -> dict[str, Path]:
+    """Name to place of every file of the code that `trust_remote_code=True` loads.
+
+    Args:
+        config: config.json of the RoE model or its base; that of LLaVA if there is none.
+    """
+    return (routed_kind(config) if config else ROE).code_files()
+
+
+def write_code(folder: Path, config: dict | None = None) -> list[str]:
+    """Copy that code; names of the files."""
+    return copy_code(code_files(config), folder)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from ..configuration_roe import RoeLlavaConfig
 from .arguments import add_common_arguments, common_options
+from .bases import routed_kind
 from .completeness import check_complete
 from .copying import copy_weights_file
 from .fingerprint import TensorHasher, base_kinds, base_signatures, base_tensors, fingerprint
@@ -113,7 +113,7 @@ def plan_graft(base: Source, roe: Source, check_base: bool) -> Plan:
     prefix = checked_prefix(checkpoint)
     parts = open_routing_parts(roe)
     with blamed_on(base.folder / "config.json"):
-        whole = RoeLlavaConfig.from_dict(config | {"model_type": RoeLlavaConfig.model_type})
+        whole = routed_kind(config).open_config(config)
     check_fits(parts.info.sizes, RoutingSizes.of_config(whole), roe.folder, base.folder)
     expected = expected_base(parts, base.folder) if check_base else None
     plan = Plan(
@@ -149,7 +149,7 @@ def check_image_token(folder: Path, config: dict, token: str) -> None:
     """Raises: ValueError if the base's tokenizer does not know the image token, or by another id than the model."""
     with blamed_on(folder / "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    found, expected = tokenizer.get_vocab().get(token), RoeLlavaConfig.from_dict(config).image_token_id
+    found, expected = tokenizer.get_vocab().get(token), routed_kind(config).open_config(config).image_token_id
     if found != expected:
         raise ValueError(
             f"the tokenizer in {folder} has {'no ' if found is None else ''}image token {token!r}"
@@ -192,7 +192,7 @@ def write_graft(plan: Plan, folder: Path) -> dict[str, str]:
     config = grafted_config(plan.config, fields, provenance(plan, fingerprint(signatures)))
     write_json(folder / "config.json", config)
     write_companions(plan.companions, folder)
-    write_code(folder)
+    write_code(folder, config)
     return signatures
 
 

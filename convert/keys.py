@@ -11,6 +11,7 @@ BASE_KEYS = {
     r"(?:language_model\.)?lm_head\.(.+)": r"lm_head.\1",
     r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)": r"model.vision_tower.\1",
     r"(?:model\.)?multi_modal_projector\.(.+)": r"model.multi_modal_projector.\1",
+    r"(?:model\.)?image_newline": r"model.image_newline",
 }
 
 # The original LLaVA layout, to names on disk in llava-hf layout.

@@ -8,8 +8,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..baked_roe import refuse_baked
-from ..configuration_roe import RoeLlavaConfig
 from .adapter_file import ABOUT_NAME, AdapterInfo, check_stored_parts, open_adapter
+from .bases import A_ROUTED_MODEL, is_routed, routed_kind
 from .fingerprint import base_signatures, base_tensors
 from .folder_files import check_opens
 from .source import Source, read_json
@@ -45,14 +45,15 @@ def open_routing_parts(where: Source) -> RoutingParts:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has neither {ABOUT_NAME} nor config.json: it is no adapter and no RoE checkpoint")
     content = read_json(folder / "config.json")
-    if content.get("model_type") != RoeLlavaConfig.model_type:
+    if not is_routed(content.get("model_type")):
         raise ValueError(
             f"{folder / 'config.json'} has model_type {content.get('model_type')!r}, expected "
-            f"{RoeLlavaConfig.model_type!r}: are BASE and ROE swapped?"
+            f"{A_ROUTED_MODEL}: are BASE and ROE swapped?"
         )
     check_opens(content, folder / "config.json")
     refuse_baked(content.get("skipped_layers"), "it has no routing parts to take", folder)
-    info = AdapterInfo.of_config(RoeLlavaConfig.from_dict(content), recorded_training(content, folder / "config.json"))
+    config = routed_kind(content).open_config(content)
+    info = AdapterInfo.of_config(config, recorded_training(content, folder / "config.json"))
     checkpoint = open_checkpoint(folder)
     tensors = split_routing_parts(checkpoint.tensors)[1]
     check_stored_parts(tensors, info.sizes, folder)

@@ -1,14 +1,13 @@
 """A model folder without RoE: the config, processor and tokenizer of the base inside a RoE checkpoint."""
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
 
-from ..configuration_frontend import STOCK_PROJECTOR, STOCK_TYPE, FrontendLlavaConfig, base_type_of
-from ..configuration_roe import ROUTING_FIELDS, RoeLlavaConfig
+from ..configuration_frontend import STOCK_PROJECTOR, FrontendLlavaConfig
+from ..configuration_roe import BAKED_FIELDS, ROUTING_FIELDS
 from ..loading_frontend import FRONTEND_AUTO_MAP
-from ..modeling_frontend import FrontendLlavaForConditionalGeneration
+from .bases import ROUTED, routed_kind
 from .code_files import write_frontend_code
 from .folder_files import COMPANIONS, OWN, WEIGHT_SUFFIXES
 from .output import write_json
@@ -20,27 +19,29 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokeniz
 
 def stock_config(config: dict) -> dict:
     """config.json of a RoE checkpoint as its base's: without routing fields, provenance and code of RoE."""
-    own = {*ROUTING_FIELDS, *inspect.get_annotations(RoeLlavaConfig), "auto_map"}
+    own = {*ROUTING_FIELDS, *BAKED_FIELDS, "projector_type", "auto_map"}
     kept = {name: value for name, value in config.items() if name not in own and not name.startswith("roe_")}
-    if base_type_of(config) == STOCK_TYPE:
-        return kept | {"model_type": STOCK_TYPE, "architectures": ["LlavaForConditionalGeneration"]}
+    kind = routed_kind(config)
+    base_type, base_class = kind.base_type(config), kind.base_class(config)
+    kept |= {"model_type": base_type, "architectures": [base_class.__name__]}
+    if base_type != FrontendLlavaConfig.model_type:
+        return kept
     return kept | {
-        "model_type": FrontendLlavaConfig.model_type,
-        "architectures": [FrontendLlavaForConditionalGeneration.__name__],
         "auto_map": FRONTEND_AUTO_MAP,
         "projector_type": config.get("projector_type", STOCK_PROJECTOR),
     }
 
 
 def stock_processor(content):
-    """A processor or tokenizer file as stock LLaVA's: its class by the stock name, no code."""
+    """A processor or tokenizer file as the base's: its class by the stock name, no code."""
     if isinstance(content, list):
         return [stock_processor(one) for one in content]
     if not isinstance(content, dict):
         return content
     kept = {name: stock_processor(value) for name, value in content.items() if name != "auto_map"}
-    if kept.get("processor_class") == "RoeLlavaProcessor":
-        kept["processor_class"] = "LlavaProcessor"
+    stock_names = {kind.processor.__name__: kind.stock_processor for kind in ROUTED.values()}
+    if (named := kept.get("processor_class")) in stock_names:
+        kept["processor_class"] = stock_names[named]
     return kept
 
 

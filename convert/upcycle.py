@@ -14,6 +14,7 @@ from ..configuration_moe_llava import ROUTER_TYPES, MoeLlavaConfig
 from ..modeling_moe_llava import LANGUAGE_MODELS
 from ..routers_moe import ROUTERS, RouterLinear
 from .arguments import add_common_arguments, common_options
+from .bases import refuse_other_bases
 from .completeness import check_complete
 from .folder_files import Companions, find_companions, write_companions
 from .kinds import MOE
@@ -138,6 +139,7 @@ def read_dense_config(folder: Path) -> dict:
     path = folder / "config.json"
     config = read_json(path)
     kind = config.get("model_type")
+    refuse_other_bases(kind, path, "upcycle")
     if kind != "llava":
         reasons = {
             "moe_llava": "this model has experts already",

@@ -16,12 +16,10 @@ from transformers import AutoProcessor
 
 from ..benchmarks.environment import describe_machine
 from ..benchmarks.timing import compare_times
-from ..configuration_frontend import FrontendLlavaConfig
 from ..grafting_roe import no_warning_of_missing_parts
-from ..modeling_frontend import base_class_of
-from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from . import verify_experts
 from .adapter_file import ABOUT_NAME
+from .bases import routed_kind
 from .completeness import check_complete
 from .fingerprint import base_signatures, base_tensors, fingerprint
 from .folder_files import read_base_config
@@ -127,7 +125,7 @@ def verify(
         verify_experts.check_copies(report, base_source, roe_source, moe_config, show)
     elif roe_source is not None:
         check_bytes(report, base_source, roe_source, show)
-    processor = load_processor(base_source, FrontendLlavaConfig.from_dict(config).image_token_index)
+    processor = load_processor(base_source, routed_kind(config).open_config(config).image_token_id)
     stock = load_stock(base_source, dtype, device)
     prompts = prompts_for(processor, stock)
     expected = {name: answer(stock, inputs, num_tokens) for name, inputs in prompts.items()}
@@ -243,7 +241,8 @@ def load_stock(base: Source, dtype: str, device: str):
 
     Raises: ValueError if a weight of it would be made up.
     """
-    cls = base_class_of(read_json(base.folder / "config.json"))
+    config = read_json(base.folder / "config.json")
+    cls = routed_kind(config).base_class(config)
     model, info = cls.from_pretrained(base.folder, dtype=dtype, output_loading_info=True)
     if wrong := [name for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in info[kind]]:
         raise ValueError(
@@ -259,12 +258,13 @@ def is_adapter(roe: Source) -> bool:
 
 def load_roe(base: Source, roe: Source | None, stock, dtype: str, device: str):
     """The RoE model: from its own folder, around the stock model (compared on the disk before), or untrained."""
+    cls = routed_kind(read_json(base.folder / "config.json")).model
     if stock is not None:
-        return RoeLlavaForConditionalGeneration.from_base(stock, roe.folder, check_base=False)
+        return cls.from_base(stock, roe.folder, check_base=False)
     if roe is not None:
-        return RoeLlavaForConditionalGeneration.from_pretrained(roe.folder, dtype=dtype).to(device).eval()
+        return cls.from_pretrained(roe.folder, dtype=dtype).to(device).eval()
     with no_warning_of_missing_parts():
-        model, _ = RoeLlavaForConditionalGeneration._load(base.folder, dtype=dtype)
+        model, _ = cls._load(base.folder, dtype=dtype)
     return model.to(device).eval()
 
 

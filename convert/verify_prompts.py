@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from ..grafting_roe import share_tensors
-from ..modeling_frontend import base_class_of
+from .bases import routed_kind
 from .kinds import kind_of
 
 # Question to how many images come with it.
@@ -204,7 +204,7 @@ def executed_layers(model):
 def stock_twin(model) -> LlavaForConditionalGeneration:
     """A stock model on the tensors of a RoE model."""
     content = {name: value for name, value in model.config.to_dict().items() if name != "auto_map"}
-    cls = base_class_of(content)
+    cls = routed_kind(content).base_class(content)
     config = cls.config_class.from_dict(content | {"model_type": cls.config_class.model_type, "architectures": None})
     with torch.device("meta"):
         twin = cls._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation)

@@ -37,8 +37,12 @@ def open_checkpoint(pretrained: str, *, revision=None, trust_remote_code=False, 
         was; or it has no chat template.
     """
     load_options = {name: value for name, value in load_options.items() if value is not None}
+    from ..convert.bases import is_routed, refuse_other_bases  # loads every class there is
+
     found = checkpoint_type(pretrained, revision)
     kind = kind_of(found)
+    if is_routed(found):  # any other model may run dense
+        refuse_other_bases(found, pretrained, "evaluate")
     if kind is None and not dense:
         raise ValueError(
             f"{pretrained} is a {found!r} checkpoint, not {listed_types()}: it has no routers and would run dense. "

@@ -142,7 +142,7 @@ def code_table(folder: ModelFolder, code: Mapping[str, Path] | None = None) -> l
         code: name to place of the files; the folder's own if not given, the installed ones where it has none.
     """
     rows = []
-    for name, installed in folder.kind.code_files().items():
+    for name, installed in folder.code_files().items():
         path = (code or {}).get(name, folder.path / name)
         content = (path if path.is_file() else installed).read_bytes()
         text = (ast.get_docstring(ast.parse(content)) or "").partition("\n\n")[0].replace("\n", " ")

@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 from transformers import AutoProcessor, ProcessorMixin
 
 from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME, listed
-from ..convert.folder_files import COMPANIONS, PROCESSOR_MAP
+from ..convert.bases import ROUTED
+from ..convert.folder_files import COMPANIONS
 from ..convert.source import blamed_on, read_json
 from ..hub_roe import TEXT_SUFFIXES, check_text
-from ..processing_roe import RoeLlavaProcessor
 from .folder import CARD, ModelFolder
 
 # What a page shows beside the model.
@@ -28,7 +28,9 @@ def chosen_files(folder: ModelFolder, leave_out: Iterable[str] = ()) -> dict[str
     """
     found = {path.relative_to(folder.path).as_posix(): path for path in sorted(folder.path.rglob("*"))}
     files = {name: path for name, path in found.items() if path.is_file() and not is_left_out(name, leave_out)}
-    wanted = [*COMPANIONS, *PAGE, *folder.kind.code_files()]
+    # An adapter may carry the code of any kind: its base says which.
+    kinds = ROUTED.values() if folder.is_adapter else [folder.kind]
+    wanted = [*COMPANIONS, *PAGE, *(name for kind in kinds for name in kind.code_files())]
     if folder.is_adapter:
         weights = {WEIGHTS_NAME, ABOUT_NAME}
     else:
@@ -61,17 +63,16 @@ def is_left_out(name: str, patterns: Iterable[str]) -> bool:
 # --------------------------------------------------------------------------------------------------------------- code
 
 
-def check_code(files: dict[str, Path], folder: ModelFolder) -> None:
+def check_code(files: dict[str, Path], folder: Path, installed: dict[str, Path]) -> None:
     """Raises: ValueError naming a code file that is missing, or other than the installed one."""
-    installed = folder.kind.code_files()
     if missing := [name for name in installed if name not in files]:
         raise ValueError(
-            f"{folder.path} lacks {listed(missing)}, which trust_remote_code=True runs: save model and processor again "
+            f"{folder} lacks {listed(missing)}, which trust_remote_code=True runs: save model and processor again "
             f"(save_pretrained), or {UPDATE_CODE}"
         )
     if old := [name for name, path in installed.items() if files[name].read_bytes() != path.read_bytes()]:
         raise ValueError(
-            f"{listed(old)} in {folder.path} is other than in the installed roe-llava: was the folder written by "
+            f"{listed(old)} in {folder} is other than in the installed roe-llava: was the folder written by "
             f"another version, or the code changed? {UPDATE_CODE}"
         )
 
@@ -89,8 +90,11 @@ def check_auto_map(folder: ModelFolder) -> None:
             f"{path} has auto_map {found}: the processor runs code, and a {folder.kind.name} checkpoint carries that "
             "of its model alone. Save a stock processor there (LlavaProcessor)"
         )
-    if content.get("processor_class") == RoeLlavaProcessor.__name__ and content.get("auto_map") != PROCESSOR_MAP:
-        raise ValueError(f"{path} has auto_map {content.get('auto_map')}, expected {PROCESSOR_MAP}: save it again")
+    expected = {kind.processor.__name__: kind.processor_map for kind in ROUTED.values()}.get(
+        content.get("processor_class")
+    )
+    if expected is not None and content.get("auto_map") != expected:
+        raise ValueError(f"{path} has auto_map {content.get('auto_map')}, expected {expected}: save it again")
 
 
 # ---------------------------------------------------------------------------------------------------------- processor
@@ -112,8 +116,9 @@ def check_processor(folder: ModelFolder) -> ProcessorMixin | None:
             "processor.save_pretrained into it first"
         )
     with blamed_on(path):
-        is_ours = path.is_file() and read_json(path).get("processor_class") == RoeLlavaProcessor.__name__
-        cls = RoeLlavaProcessor if is_ours else AutoProcessor
+        ours = {kind.processor.__name__: kind.processor for kind in ROUTED.values()}
+        named = read_json(path).get("processor_class") if path.is_file() else None
+        cls = ours.get(named, AutoProcessor)
         processor = cls.from_pretrained(folder.path, trust_remote_code=False)  # the class at hand, not the folder's
     if folder.is_adapter:
         return processor

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from ..adapter_roe import ABOUT_NAME, AdapterInfo, check_finite, expanded
 from ..convert.adapter_file import open_adapter
+from ..convert.bases import code_of_adapter
 from ..convert.completeness import check_complete
 from ..convert.kinds import ROE, Kind, kind_of, listed_types
 from ..convert.routing_parts import open_routing_parts
@@ -58,6 +59,10 @@ class ModelFolder:
             return self.info.training or {}
         made = self.provenance.get("training")
         return {"stages": made} if made else {}
+
+    def code_files(self) -> dict[str, Path]:
+        """Name to place of every file of the installed code that goes with it."""
+        return code_of_adapter(self.info.base) if self.is_adapter else self.kind.code_files()
 
     @property
     def model_config(self) -> PreTrainedConfig:

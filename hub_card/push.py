@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from ..adapter_roe import ABOUT_NAME, AdapterInfo
-from ..configuration_frontend import A_BASE, BASE_TYPES
+from ..convert.bases import A_BASE, is_base, routed_kind
 from ..convert.fingerprint import base_signatures
 from ..convert.folder_files import grafted_config
 from ..convert.source import resolve_source
@@ -96,9 +96,10 @@ def plan_push(
             f"base {base or base_revision} given for {opened.path}, which holds its base's weights: only an adapter "
             "file needs one"
         )
+    installed = routed_kind(json.loads(files["config.json"])).code_files() if opened.is_adapter else opened.code_files()
     if opened.is_adapter or update_code:
-        files |= opened.kind.code_files()
-    check_code(files, opened)
+        files |= installed
+    check_code(files, opened.path, installed)
     check_readable(files)
     if (processor := check_processor(opened)) is not None and processor.chat_template is None:
         plan.notes.append("there is no chat template: prompts have to be written by hand, unlike in the card's code")
@@ -136,7 +137,7 @@ def add_what_opens(plan: Push, base: str | None, base_revision: str | None) -> N
         raise ValueError(
             f"the base {base_id} at {commit}, which {plan.folder.path / ABOUT_NAME} names, cannot be had: {reason}"
         ) from error
-    if config.get("model_type") not in BASE_TYPES:
+    if not is_base(config.get("model_type")):
         raise ValueError(f"the base {base_id} has model_type {config.get('model_type')!r}, expected {A_BASE}")
     origin = {name: info.base.get(name) for name in ("id", "revision", "fingerprint")}
     whole = grafted_config(config, info.routing_fields, {"base": origin, "training": info.training})

@@ -5,6 +5,7 @@ route per request, and hands the arguments on. Answers are those of `generate`; 
 """
 
 import argparse
+from pathlib import Path
 
 from transformers import (
     AutoConfig,
@@ -15,6 +16,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from ..convert.bases import refuse_other_bases
 from ..convert.kinds import KINDS, ROE, Kind, kind_of, listed_types
 from ..evaluation.loading import checkpoint_type
 from ..generation_roe import bias_for_skip_ratio
@@ -102,6 +104,12 @@ def check_routed(words: list[str]) -> None:
         raise ValueError(f"--skip-ratio: {words[0]} is a {found!r} checkpoint, not {wanted}: nothing is skipped")
 
 
+def check_base(words: list[str]) -> None:
+    """Raises: ValueError if the first word is a folder of RoE on another base, which the server would not know."""
+    if words and (Path(words[0]) / "config.json").is_file():
+        refuse_other_bases(checkpoint_type(words[0]), words[0], "serve")
+
+
 def check_installed() -> None:
     """Raises: ValueError if the server's requirements are missing."""
     from transformers.utils.import_utils import is_serve_available
@@ -125,6 +133,7 @@ def run(args) -> int:
         print(USAGE)
     else:
         check_installed()
+        check_base(words)
         if skip_ratio is not None:
             check_routed(words)
         register(skip_ratio)

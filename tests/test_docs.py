@@ -33,6 +33,17 @@ def test_every_row_of_the_contract_names_a_test():
     assert len(rows) > 20 and not [row for row in rows if not re.search(r"`test_\w+\.py(::test_\w+)?`$", row)]
 
 
+def test_every_cell_of_the_bases_has_a_test():
+    text = (ROOT / "docs" / "bases.md").read_text()
+    table = text.partition("## What each base can do")[2].partition("## Adding one")[0]
+    listed = {int(number) for number in re.findall(r"^(\d+)\. `test_", table, flags=re.MULTILINE)}
+    rows = re.findall(r"^\| (?!\|)(.*) \|$", table, flags=re.MULTILINE)
+    cells = [cell for row in rows for cell in row.split(" | ")[1:]]
+    odd = [cell for cell in cells if not re.fullmatch(r"(?:yes|no) \(\d+\)|no such input|not tried", cell)]
+    assert len(cells) >= 80 and not odd
+    assert {int(number) for number in re.findall(r" \((\d+)\) ", " ".join(rows) + " ")} | listed == listed
+
+
 def test_every_footnote_of_the_roads_has_a_test():
     marks = {ord(mark) for mark in "¹²³⁴⁵⁶⁷⁸⁹"}
     roads = CHECKPOINTS.partition("\n\n| |")[0]

@@ -165,7 +165,7 @@ def test_base_in_another_dtype_is_refused_before_it_is_read(tmp_path, grafted, m
 
 
 def test_what_is_no_roe_checkpoint_is_refused(tmp_path, base, adapter):
-    refuses("model_type 'llava', expected 'roe_llava': only a RoE checkpoint", base, tmp_path / "out")
+    refuses("model_type 'llava', expected 'roe_llava' or .*: only a RoE checkpoint", base, tmp_path / "out")
     refuses("is an adapter file already", adapter, tmp_path / "out")
     refuses("no config.json", tmp_path_with(tmp_path, "empty"), tmp_path / "out")
     refuses("no Hub id", tmp_path / "nowhere", tmp_path / "out")

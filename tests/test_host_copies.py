@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from roe_llava import RoeCache, attention_roe, cache_roe, modeling_roe_llava
+from roe_llava import RoeCache, attention_roe, cache_roe, decoder_roe, modeling_roe_llava
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -169,8 +169,9 @@ def test_a_step_routes_nothing(model, monkeypatch, cache):
         layer.router.register_forward_pre_hook(never)
     language_model.routing_tokens.register_forward_pre_hook(never)
     monkeypatch.setattr(model.model, "segments_of", never)
-    for name in ("checked_routes", "checked_route_bias", "default_segments", "routing_position_ids"):
+    for name in ("checked_routes", "checked_route_bias", "default_segments"):
         monkeypatch.setattr(modeling_roe_llava, name, never)
+    monkeypatch.setattr(decoder_roe, "routing_position_ids", never)
     monkeypatch.setattr(attention_roe.RoutingAttention, "__init__", never)
     monkeypatch.setattr(cache_roe.LayerRows, "__init__", never)
     # Nothing but one token per row, in attention and in rotary embeddings.

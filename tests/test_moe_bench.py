@@ -102,7 +102,10 @@ def test_a_checkpoint_beside_its_base_is_measured_and_shown_on_its_card(moe, tmp
         (["--base", "BASE", "--shape", "tiny"], "beside --shape tiny: a base's folder"),
         (["--base", "BASE", "--experts", "4"], "beside --experts 4: a base's folder"),
         (["--adapter", "ROE"], "--adapter ROE needs --base"),
-        (["--adapter", "ROE", "--base", "BASE", "--moe", "MOE"], "--adapter ROE needs --base, the base it was trained for, and no --moe"),
+        (
+            ["--adapter", "ROE", "--base", "BASE", "--moe", "MOE"],
+            "--adapter ROE needs --base, the base it was trained for, and no --moe",
+        ),
         (["--moe", "MOE", "--base", "BASE", "--experts", "4"], "without --shape and --experts"),
         (["--experts", "4", "--skip", "0.5"], "--skip is for routes over layers"),
         (["--experts", "4", "--compile"], "--compile is for routes over layers"),

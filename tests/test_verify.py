@@ -9,7 +9,7 @@ import torch
 from convert_helpers import change_json, change_tensors, make_base, train
 from safetensors.torch import load_file
 
-from roe_llava import modeling_roe_llava
+from roe_llava import decoder_roe
 from roe_llava.cli import main
 from roe_llava.convert.adapter_file import save_adapter
 from roe_llava.convert.graft import graft
@@ -77,13 +77,13 @@ def test_parts_that_never_skip_fail(tmp_path, base):
 
 
 def test_a_layer_that_runs_although_it_is_skipped_is_found(base, adapter, monkeypatch):
-    skip_path = modeling_roe_llava.RoeDecoderLayer.skip_path
+    skip_path = decoder_roe.RoeDecoderLayer.skip_path
 
     def dense(self, tokens):
         self.self_attn.q_proj(tokens), self.mlp(tokens)
         return skip_path(self, tokens)
 
-    monkeypatch.setattr(modeling_roe_llava.RoeDecoderLayer, "skip_path", dense)
+    monkeypatch.setattr(decoder_roe.RoeDecoderLayer, "skip_path", dense)
     with pytest.raises(ValueError, match="ran by half"):
         verify(base, adapter, **FEW)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
-from ..modeling_roe_llava import RoeLlavaModel
+from ..modeling_roe_llava import RoutedModel
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -67,12 +67,19 @@ def look_at_every_batch(model) -> None:
     For weights sharded over ranks (FSDP, ZeRO-3): a rank whose batch is text alone would not take part when the others
     gather the tower's weights, and all would wait for ever, or mistake one tensor for another. The picture's features
     are added times 0.
+
+    Raises: ValueError for a model that cuts pictures into tiles: a blank one would need sizes, too.
     """
-    inner = next(module for module in model.modules() if isinstance(module, RoeLlavaModel))
+    inner = next(module for module in model.modules() if isinstance(module, RoutedModel))
+    if hasattr(inner, "image_newline"):
+        raise ValueError(
+            f"{type(model).__name__} cannot be trained with its weights sharded over ranks (FSDP, DeepSpeed ZeRO-3): "
+            "batches without an image would leave its vision tower out. Train with every rank holding all of it"
+        )
     inner.register_forward_pre_hook(add_blank_picture, with_kwargs=True)
 
 
-def add_blank_picture(module: RoeLlavaModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def add_blank_picture(module: RoutedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of `look_at_every_batch`."""
     ids = kwargs.get("input_ids")
     if kwargs.get("past_key_values") is not None or kwargs.get("pixel_values") is not None or ids is None:

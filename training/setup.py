@@ -9,13 +9,11 @@ import torch
 from transformers import TrainingArguments
 
 from ..baked_roe import refuse_baked
-from ..configuration_frontend import A_BASE, BASE_TYPES
-from ..configuration_roe import RoeLlavaConfig
+from ..convert.bases import A_BASE, A_ROUTED_MODEL, is_base, is_routed, refuse_other_bases, routed_kind
 from ..convert.fingerprint import describe_base
 from ..convert.source import Source, blamed_on, read_json, resolve_source
 from ..grafting_roe import no_warning_of_missing_parts
-from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
-from ..processing_roe import RoeLlavaProcessor
+from ..processing_roe import RoutedProcessor
 from .bad_rows import BadRows
 from .chat_prompt import close_answers
 from .conversations import ConversationCollator, load_conversations, split_conversations
@@ -55,10 +53,10 @@ def find_model(options: ModelOptions) -> Source:
     source = resolve_source(options.model, options.revision)
     config = read_json(source.folder / "config.json")
     model_type = config.get("model_type")
-    if model_type not in (*BASE_TYPES, RoeLlavaConfig.model_type):
+    if not is_base(model_type) and not is_routed(model_type):
         raise ValueError(
-            f"{source.folder} has model_type {model_type!r}, expected {A_BASE} or 'roe_llava': an "
-            " original LLaVA goes through roe-llava import-llava first"
+            f"{source.folder} has model_type {model_type!r}, expected {A_BASE}, or {A_ROUTED_MODEL}: an "
+            "original LLaVA goes through roe-llava import-llava first"
         )
     refuse_baked(config.get("skipped_layers"), "there is no routing to train", source.folder)
     return source
@@ -76,13 +74,14 @@ def describe_source(source: Source) -> dict:
     return record
 
 
-def load_processor(source: Source) -> RoeLlavaProcessor:
+def load_processor(source: Source) -> RoutedProcessor:
     """The checkpoint's processor, its chat template closing answers.
 
     Raises: ValueError if the folder has none.
     """
     try:
-        processor = RoeLlavaProcessor.from_pretrained(source.folder, trust_remote_code=False)
+        cls = routed_kind(read_json(source.folder / "config.json")).processor
+        processor = cls.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # a missing file gives whatever the library stumbles over
         raise ValueError(
             f"{source.folder} has no complete processor (tokenizer, image processor, processor_config.json), which "
@@ -102,7 +101,7 @@ def load_model(options: ModelOptions, source: Source, target: float, in_bfloat16
     fields = {name: value for name, value in given.items() if value is not None}
     # Not from_pretrained, whose warning of untrained parts says what is about to be mended.
     with blamed_on(source.folder), no_warning_of_missing_parts():
-        model, _ = RoeLlavaForConditionalGeneration._load(
+        model, _ = routed_kind(read_json(source.folder / "config.json")).head._load(
             source.folder,
             dtype=loaded_dtype(options, in_bfloat16),
             target_skip_ratio=target,
@@ -208,6 +207,7 @@ def schedule_and_objective(options: Options, steps: int, model, collate):
     """
     routing, accumulation = options.routing, options.training.gradient_accumulation_steps
     if routing.schedule == "published":
+        refuse_other_bases(model.config.model_type, options.model.model, "schedule 'published'")
         recipe = published_recipe(steps * accumulation, accumulation, routing.target_skip_ratio)
         recipe.prepare(model)
         objective = recipe.objective if routing.budget == "published" else make_objective(routing)

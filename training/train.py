@@ -14,7 +14,7 @@ from transformers import ProgressCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ..configuration_frontend import BASE_TYPES
+from ..convert.bases import is_base, routed_kind
 from ..convert.source import Source, read_json
 from . import lora, setup
 from .data import batches_of, spread_over
@@ -270,15 +270,15 @@ def settled_line(run: Run) -> str:
 def written(run: Run) -> list[str]:
     """Where everything is, in lines."""
     folder, start, result = run.folder, repr(str(run.source.folder)), repr(str(run.folder.result))
-    use = f"from_pretrained({result})"
+    start_config, use = read_json(run.source.folder / "config.json"), f"from_pretrained({result})"
     if run.options.model.train_base == "frozen":
-        is_stock = read_json(run.source.folder / "config.json")["model_type"] in BASE_TYPES
+        is_stock = is_base(start_config["model_type"])
         use = f"from_base({start}, {result})" if is_stock else f"from_pretrained({start}).load_routing({result})"
     shown = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary(run)["measured"].items()]
     found = None if run.trainer.teacher is None else run.trainer.teacher.describe()
     lines = [] if run.settled is None else [settled_line(run)]
     lines += [] if found is None else [f"routes {' '.join(found['routes'])}, layer 0 first"]
-    lines += [", ".join(shown), f"wrote {folder.result} (RoeLlavaForConditionalGeneration.{use})"]
+    lines += [", ".join(shown), f"wrote {folder.result} ({routed_kind(start_config).head.__name__}.{use})"]
     if folder.report.is_dir():
         lines.append(f"wrote {folder.report / 'report.md'}")
     else:
