@@ -249,7 +249,8 @@ def speed_text(result: dict) -> str:
         f"One pass over a batch of {result['batch_size']}, {result['dtype']}, random weights of the published size "
         f"({result['slow_tower']} ConvNeXt), the same in both, by turns in one process; {place}, torch "
         f"{machine['torch']}, Transformers {machine['transformers']}, timm {machine['timm']}; median of "
-        f"{result['repeats']}; seconds are {what}. Features differ by {worst:.0e} at most. `benchmarks/results/{RESULT.name}`."
+        f"{result['repeats']}; seconds are {what}. Features differ by {worst:.0e} at most. "
+        f"`benchmarks/results/{RESULT.name}`."
     )
     return "\n".join([head, "|---|---|---|---|", *rows, "", about])
 
