@@ -80,7 +80,9 @@ class FastEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, F, F) to (B, G * G, C)."""
         patches = self.patch_embedding(pixel_values)
-        return as_tokens(patches) + resampled_table(self.position_embedding.weight, patches.shape[-1])
+        # Looked up, since the weight itself may be elsewhere (offloaded, or sharded by ZeRO-3) until it is called.
+        table = self.position_embedding(torch.arange(self.position_embedding.num_embeddings, device=patches.device))
+        return as_tokens(patches) + resampled_table(table, patches.shape[-1])
 
 
 class LlavaHrFastTower(CLIPPreTrainedModel):

@@ -137,8 +137,10 @@ def random_tower(config: LlavaHrVisionConfig, seed: int) -> LlavaHrVisionModel:
         for name, parameter in tower.named_parameters():
             if name.endswith("layer_scale_parameter"):
                 parameter.fill_(0.3)
+            elif name.endswith("gate_2.bias"):
+                parameter.fill_(0.5)
             elif name.startswith("adapters.") and name.endswith("weight"):
-                parameter.normal_(std=0.02)
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
     return tower
 
 
@@ -210,6 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         "batch_size": args.batch_size,
         "repeats": args.repeats,
         "weights": "random",
+        # On a processor others may use, too, the clock says little.
+        "counted": "processor_seconds" if args.device == "cpu" else "seconds",
         "sizes": [],
     }
     for image_size in args.image_size:
@@ -220,9 +224,35 @@ def main(argv: list[str] | None = None) -> None:
 
 def line(found: dict) -> str:
     """A setting's result as text."""
-    parts = [f"{name} {one['seconds']:.3f} s" for name, one in found["towers"].items()]
-    ratio = found["published_over_ours"]["published"]["seconds"]
-    return f"{found['image_size']} px, {found['tokens']} tokens: {', '.join(parts)}; published / ours {ratio:.2f}"
+    parts = [f"{name} {one['seconds']:.3f} ({one['processor_seconds']:.3f}) s" for name, one in found["towers"].items()]
+    ratio = found["published_over_ours"]["published"]
+    return (
+        f"{found['image_size']} px, {found['tokens']} tokens, by the clock (of the processor): {', '.join(parts)}; "
+        f"published / ours {ratio['seconds']:.2f} ({ratio['processor_seconds']:.2f})"
+    )
+
+
+def speed_text(result: dict) -> str:
+    """A result file as the paragraph of `docs/llava_hr.md`."""
+    machine = result["machine"]
+    counted = result["counted"]
+    rows = [
+        f"| {one['image_size']} px, {one['tokens']} tokens | {one['towers']['ours'][counted]:.2f} s "
+        f"| {one['towers']['published'][counted]:.2f} s | {one['published_over_ours']['published'][counted]:.2f} |"
+        for one in sorted(result["sizes"], key=lambda one: one["image_size"])
+    ]
+    worst = max(tower["difference"] for one in result["sizes"] for tower in one["towers"].values())
+    place = result["gpu"] or f"{machine['processor']}, {result['threads']} thread(s)"
+    head = "| image | here | published | published / here |"
+    what = "the clock's" if counted == "seconds" else "the processor's, which others used, too"
+    about = (
+        f"One pass over a batch of {result['batch_size']}, {result['dtype']}, random weights of the published size "
+        f"({result['slow_tower']} ConvNeXt), the same in both, by turns in one process; {place}, torch "
+        f"{machine['torch']}, Transformers {machine['transformers']}, timm {machine['timm']}; median of "
+        f"{result['repeats']}; seconds are {what}. Features differ by {worst:.0e} at most. "
+        f"`benchmarks/results/{RESULT.name}`."
+    )
+    return "\n".join([head, "|---|---|---|---|", *rows, "", about])
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

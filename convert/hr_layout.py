@@ -74,6 +74,7 @@ def patterns(swapped: bool) -> dict[str, str]:
 
 
 def pattern(published: str, ours: str, rest: str, rest_of_new: str, swapped: bool) -> dict[str, str]:
+    """One entry of `patterns`: each # is a number that both names share, `rest` what may follow."""
     old, new = (f"model.{OURS}{ours}", TOWER + published) if swapped else (TOWER + published, OURS + ours)
     number = 0
     while "#" in new:
