@@ -101,7 +101,7 @@ def load_model(options: ModelOptions, source: Source, target: float, in_bfloat16
     fields = {name: value for name, value in given.items() if value is not None}
     # Not from_pretrained, whose warning of untrained parts says what is about to be mended.
     with blamed_on(source.folder), no_warning_of_missing_parts():
-        model, _ = routed_kind(read_json(source.folder / "config.json")).head._load(
+        model, _ = routed_kind(read_json(source.folder / "config.json")).model._load(
             source.folder,
             dtype=loaded_dtype(options, in_bfloat16),
             target_skip_ratio=target,

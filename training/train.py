@@ -278,7 +278,7 @@ def written(run: Run) -> list[str]:
     found = None if run.trainer.teacher is None else run.trainer.teacher.describe()
     lines = [] if run.settled is None else [settled_line(run)]
     lines += [] if found is None else [f"routes {' '.join(found['routes'])}, layer 0 first"]
-    lines += [", ".join(shown), f"wrote {folder.result} ({routed_kind(start_config).head.__name__}.{use})"]
+    lines += [", ".join(shown), f"wrote {folder.result} ({routed_kind(start_config).model.__name__}.{use})"]
     if folder.report.is_dir():
         lines.append(f"wrote {folder.report / 'report.md'}")
     else:
