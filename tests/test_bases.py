@@ -7,7 +7,9 @@ import pytest
 import torch
 from convert_helpers import bytes_of, weights_of
 from safetensors.torch import load_file
+from test_remote_code import run_fresh
 from train_helpers import words
+from transformers import AutoConfig
 
 from roe_llava import RoeLlavaForConditionalGeneration, RoeLlavaProcessor
 from roe_llava.cli import main
@@ -115,14 +117,55 @@ def test_verify_finds_nothing_wrong(world, capsys):
     assert "FAIL" not in said.upper().replace("0 FAILED", "")
 
 
-def test_train_and_graft_again(world, tmp_path):
-    options = {"adapter_size": 4, "max_steps": 3, "logging_steps": 1}
-    command = words("frozen", world / "base", world / "data.json", tmp_path / "run", **options)
-    assert main(["train", *command]) == 0
-    assert main(["graft", str(world / "base"), str(tmp_path / "run" / "adapter"), str(tmp_path / "trained")]) == 0
-    model = RoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "trained").eval().float()
-    inputs = asked(RoeLlavaProcessor.from_pretrained(tmp_path / "trained", trust_remote_code=False))
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("recipe", ["frozen", "full", "lora"])
+def test_train_makes_a_model_of_the_base(world, tmp_path, recipe):
+    options = {"adapter_size": 4, "max_steps": 6, "logging_steps": 1}
+    assert main(["train", *words(recipe, world / "base", world / "data.json", tmp_path / "run", **options)]) == 0
+    trained = tmp_path / "run" / "model"
+    if recipe == "frozen":
+        trained = tmp_path / "trained"
+        assert main(["graft", str(world / "base"), str(tmp_path / "run" / "adapter"), str(trained)]) == 0
+    model = RoeLlavaForConditionalGeneration.from_pretrained(trained).eval().float()
+    inputs = asked(RoeLlavaProcessor.from_pretrained(trained, trust_remote_code=False))
     assert model(**inputs).routes.shape == (2, NUM_LAYERS)
+    assert AutoConfig.from_pretrained(trained, trust_remote_code=True).projector_type == model.config.projector_type
+
+
+def test_a_row_alone_equals_the_row_in_a_batch_cached_or_not(world, no_gradients):
+    model = RoeLlavaForConditionalGeneration.from_pretrained(world / "roe").float().eval()
+    inputs = asked(RoeLlavaProcessor.from_pretrained(world / "roe", trust_remote_code=False))
+    routes = torch.tensor([[True, False, True], [False, True, True]])
+    written = model.generate(**inputs, routes=routes, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    uncached = model.generate(
+        **inputs, routes=routes, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False
+    )
+    assert torch.equal(written, uncached)
+    whole = model(**inputs, routes=routes).logits[:, -1]
+    for row in range(2):
+        alone = {name: value[row : row + 1] for name, value in inputs.items()}
+        torch.testing.assert_close(model(**alone, routes=routes[row]).logits[0, -1], whole[row], atol=1e-5, rtol=0)
+
+
+def test_the_processor_s_segments_are_the_default_ones(world, no_gradients):
+    model = RoeLlavaForConditionalGeneration.from_pretrained(world / "roe").float().eval()
+    inputs = asked(RoeLlavaProcessor.from_pretrained(world / "roe", trust_remote_code=False))
+    given = inputs.pop("routing_segments")
+    assert torch.equal(model.model.segments_of(inputs["input_ids"], None, inputs["attention_mask"]), given)
+
+
+def test_opens_by_remote_code(world):
+    done = run_fresh(
+        world,
+        """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        model = AutoModelForImageTextToText.from_pretrained("roe", trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained("roe", trust_remote_code=True)
+        print(type(model).__name__, type(processor).__name__)
+        """,
+    )
+    assert done.stdout.endswith("RoeLlavaForConditionalGeneration RoeLlavaProcessor\n"), done.stderr
 
 
 def test_calibrate_stores_a_table_that_generate_reads(world, tmp_path):
@@ -169,3 +212,12 @@ def test_evaluate_scores_a_grafted_model(world, tmp_path):
     command = ["evaluate", str(world / "roe"), "--tasks", "tiny_world", "--limit", "1", "--device", "cpu", "--dense"]
     assert main([*command, "--output-dir", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "comparison.md").is_file()
+
+
+def test_what_stock_llava_alone_can_be_made_of_is_refused(world, tmp_path, capsys):
+    is_stock = read_json(world / "base" / "config.json")["model_type"] == "llava"
+    assert main(["upcycle", str(world / "base"), str(tmp_path / "moe")]) == (0 if is_stock else 2)
+    if not is_stock:
+        assert "model_type 'llava_frontend', expected 'llava'" in capsys.readouterr().err
+        assert main(["export-reference", str(world / "roe"), str(tmp_path / "published")]) == 2
+        assert "config.json" in capsys.readouterr().err
