@@ -12,46 +12,57 @@ runs with a seed of their own. Adapters and routers of RoE have those of the shi
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from ..convert.output import replace_json
-from ..examples.tiny_world.train_roe import BASE, RATES
+from ..examples.tiny_world.train_roe import BASE
 from .cells import do_cells
 from .compare_measure import judged, validation_loss
-from .compare_systems import CONTROLS, MAKERS, METHODS, TARGET, Task, save
-from .environment import command_line, describe_machine
-from .quality import extra_steps
+from .compare_systems import CONTROLS, MAKERS, METHODS, Task, save
 from .report import check_out
 
-# What is rated -> the rates tried; each is a learning rate of a method, or of its last stage.
+# What is rated -> the rates tried: of a method, or of EvoMoE's last stage.
 RATED = {
-    "dense_mlps": (1e-4, 3e-4, 1e-3),
-    "dense_all": (1e-4, 3e-4, 1e-3),
-    "moe_llava": (1e-4, 3e-4, 1e-3),
-    "evomoe_routers": (1e-3, 3e-3, 1e-2),
+    "dense_mlps": (3e-5, 1e-4, 3e-4),
+    "dense_all": (3e-5, 1e-4, 3e-4),
+    "moe_llava": (3e-5, 1e-4, 3e-4),
+    "evomoe": (3e-3, 1e-2, 3e-2),
 }
+ONES_AT = 1e-2  # rate at which weights of 1 are tried, where routers learn of the balancing loss alone
 RATE_SEED = 100  # of the runs that choose rates, whose conversations no compared run reads
+RATING_SETTINGS = ("batch_size", "rate_steps", "rate_per_family")
 SETTINGS = (
     *("steps", "batch_size", "adapter_size", "per_family", "control_per_family"),
-    *("searched_routes", "searched_examples", "rate_steps", "rate_per_family"),
+    *("searched_routes", "searched_examples"),
 )
 
 
 @dataclass(frozen=True)
 class Rating:
-    """A short run that tells how well a learning rate does."""
+    """A short run that tells how well a learning rate does.
+
+    Attributes:
+        what: the method.
+        rate: of what learns; of EvoMoE's routers, whose other stages have the rates of dense methods.
+        ones: whether the weight of EvoMoE's chosen expert is 1, instead of its probability; its paper does not say.
+    """
 
     what: str
     rate: float
+    ones: bool = False
 
     @property
     def name(self) -> str:
-        return f"rate-{self.what}-{self.rate:g}"
+        return f"rate-{self.what}-{self.rate:g}{'-ones' if self.ones else ''}"
+
+    @property
+    def changes(self) -> dict:
+        """What it tries, of a task's `rates`."""
+        return {self.what: self.rate} | ({"evomoe_ones": self.ones} if self.what == "evomoe" else {})
 
 
 @dataclass(frozen=True)
@@ -77,42 +88,30 @@ def all_runs(seeds: list[int], control_seeds: list[int]) -> list[Run]:
 # ------------------------------------------------------------------------------------------------------------- cells
 
 
-def rate(args, rating: Rating, rates: dict[str, float]) -> dict:
+def rate(args, rating: Rating, rates: dict) -> dict:
     """Train with one rate for fewer steps."""
-    method, steps = rating.what, args.rate_steps
-    if rating.what == "evomoe_routers":
-        method, steps = "evomoe", round(2.5 * steps)  # so that routers get as many
+    # EvoMoE's last stage gets as many steps as the others have.
+    steps = args.rate_steps if rating.what != "evomoe" else round(2.5 * args.rate_steps)
     short = argparse.Namespace(**{**vars(args), "steps": steps})
-    task = Task(method, RATE_SEED, short, rates | {rating.what: rating.rate}, no_earlier)
-    trained = MAKERS[method](task)
+    trained = MAKERS[rating.what](Task(rating.what, RATE_SEED, short, rates | rating.changes))
     loss = validation_loss(trained, args.rate_per_family)
     return {"validation_loss": loss, "minutes": trained.seconds / 60, "cpu_minutes": trained.cpu_seconds / 60}
 
 
-def no_earlier(method: str) -> dict:
-    raise AssertionError(f"a rating asked for the result of {method}")
-
-
-def chosen_rates(args, folder: Path, made_with: dict) -> tuple[dict[str, float], list[dict]]:
-    """The rates that did best, and all that were tried."""
+def chosen_rates(args, folder: Path, made_with: dict) -> tuple[dict, list[dict]]:
+    """What did best, as a task's `rates`; and all that was tried."""
     rates, tried = {}, []
     for what, grid in RATED.items():
         ratings = [Rating(what, one) for one in grid]
-        results = list(
-            do_cells(
-                ratings,
-                folder,
-                made_with,
-                lambda rating, rates=dict(rates): rate(args, rating, rates),
-                lambda rating: {"what": rating.what, "rate": rating.rate},
-            )
-        )
-        rates[what] = min((result["validation_loss"], rating.rate) for rating, result in results)[1]
+        ratings += [Rating(what, ONES_AT, ones=True)] if what == "evomoe" else []
+        results = list(do_cells(ratings, folder, made_with, partial(rate, args, rates=dict(rates)), vars))
+        best = min(results, key=lambda pair: pair[1]["validation_loss"])[0]
+        rates |= best.changes
         tried += [result for _, result in results]
     return rates, tried
 
 
-def do_runs(args, runs: list[Run], rates: dict[str, float], folder: Path, made_with: dict) -> Iterator[dict]:
+def do_runs(args, runs: list[Run], rates: dict, folder: Path, made_with: dict) -> Iterator[dict]:
     """Every run's result; its model is kept beside."""
 
     def make(run: Run) -> dict:
@@ -138,11 +137,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, default=BASE, help="base checkpoint (default: the shipped one)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--control-seeds", type=int, nargs="*", default=[0], help="seeds with controls")
-    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of a run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a run (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=24, help="conversations per step")
     parser.add_argument("--adapter-size", type=int, default=64)
     parser.add_argument("--per-family", type=int, default=250, help="test questions per family")
-    parser.add_argument("--control-per-family", type=int, default=60, help="test questions per family, for controls")
+    parser.add_argument("--control-per-family", type=int, default=40, help="test questions per family, for controls")
     parser.add_argument("--searched-routes", type=int, default=64)
     parser.add_argument("--searched-examples", type=int, default=120)
     parser.add_argument("--rate-steps", type=int, default=40, help="optimizer steps of a run that rates a rate")
@@ -163,14 +162,19 @@ def run(args: argparse.Namespace) -> dict | None:
         raise ValueError(f"{args.report} exists: give another --report, or replace it (--overwrite)")
     folder = args.out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    made_with = {name: vars(args)[name] for name in SETTINGS} | {"base": Path(args.base).name}
-    rates, tried = chosen_rates(args, folder, made_with)
+    rates, tried = chosen_rates(args, folder, settings_of(args, RATING_SETTINGS))
     if args.part == "rates":
         return None
-    runs = list(do_runs(args, all_runs(args.seeds, args.control_seeds), rates, folder, made_with))
+    wanted = all_runs(args.seeds, args.control_seeds)
+    runs = list(do_runs(args, wanted, rates, folder, settings_of(args, SETTINGS) | {"rates": rates}))
     if args.part == "runs":
         return None
     raise NotImplementedError
+
+
+def settings_of(args, names: tuple[str, ...]) -> dict:
+    """What a result depends on."""
+    return {name: vars(args)[name] for name in names} | {"base": Path(args.base).name}
 
 
 def main(arguments: list[str] | None = None) -> None:

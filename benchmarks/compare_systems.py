@@ -8,13 +8,13 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from transformers import LlavaForConditionalGeneration, PreTrainedModel, Trainer
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel, Trainer
 
 from ..convert.output import new_folder
 from ..convert.upcycle import chosen_layers, upcycle
@@ -44,10 +44,10 @@ EXPERTS, LAYERS = 4, "alternate"
 IN_ORDER = {"train_sampling_strategy": "sequential"}  # every method reads the same conversations at the same step
 # Steps of EvoMoE's three stages in its paper (table 7).
 EVOMOE_STEPS = (5200, 10395, 10395)
-# What becomes of EvoMoE's second and third stage is compared with MoE-LLaVA's after the same first one.
-METHODS = ("base", "dense_adapters", "dense_mlps", "dense_all", "roe", "static", "moe_llava", "evomoe")
-CONTROLS = ("moe_warmed",)
-WITH_EXPERTS = ("moe_llava", "evomoe", "moe_warmed")
+# Runs that answer "was that fair?", of fewer seeds: see docs/compare.md.
+METHODS = ("base", "dense_mlps", "roe", "static", "moe_llava", "evomoe")
+CONTROLS = ("dense_all", "dense_adapters", "moe_warmed", "evomoe_other")
+WITH_EXPERTS = ("moe_llava", "evomoe", "moe_warmed", "evomoe_other")
 ROUTED = ("dense_adapters", "roe", "static")  # models that are RoE-LLaVA's
 
 
@@ -57,15 +57,16 @@ class Task:
 
     Attributes:
         args: `steps`, `batch_size`, `adapter_size`, `base`, and what `teaching_of` reads.
-        rates: learning rates by what learns, see `RATED`.
-        earlier: the result of another method with this seed.
+        rates: learning rates by method; of `evomoe` that of its routers, and `evomoe_ones`, whether the weight of its
+            chosen expert is 1.
+        earlier: gives what another method with this seed found, its `more`.
     """
 
     method: str
     seed: int
     args: argparse.Namespace
-    rates: dict[str, float]
-    earlier: Callable[[str], dict]
+    rates: dict
+    earlier: Callable[[str], dict] | None = None
 
     @property
     def settings(self) -> argparse.Namespace:
@@ -87,6 +88,7 @@ class Trained:
 
     Attributes:
         model, processor: to ask.
+        writer: the processor that writes conversations with labels.
         learned: parameters that learned, by stage.
         log: Trainer's, of all stages; steps count on.
         seconds, cpu_seconds: of training; the second is the process's own.
@@ -96,7 +98,8 @@ class Trained:
     """
 
     model: PreTrainedModel
-    processor: RoeLlavaProcessor
+    processor: LlavaProcessor
+    writer: RoeLlavaProcessor
     learned: dict[str, int] = field(default_factory=dict)
     log: list[dict] = field(default_factory=list)
     seconds: float = 0.0
@@ -125,14 +128,19 @@ def load_dense(folder: Path) -> PreTrainedModel:
 
 def untrained(task: Task) -> Trained:
     """The base as it is."""
-    return Trained(load_dense(task.args.base), RoeLlavaProcessor.from_pretrained(task.args.base))
+    return Trained(load_dense(task.args.base), *processors(task.args.base))
+
+
+def processors(folder: Path) -> tuple[LlavaProcessor, RoeLlavaProcessor]:
+    """A checkpoint's processor, as stock models are asked with, and one that writes labels too."""
+    return LlavaProcessor.from_pretrained(folder), RoeLlavaProcessor.from_pretrained(folder)
 
 
 def learn(task: Task, trained: Trained, steps: range, rate: float, name: str, stage: ExpertStage | None = None) -> None:
     """Train on the conversations of some of the steps, with stock Trainer or in a stage of experts."""
     size = task.args.batch_size
     data = Subset(task.conversations, range(steps.start * size, steps.stop * size))
-    collate = WithoutSegments(ChatCollator(trained.processor, messages))
+    collate = WithoutSegments(ChatCollator(trained.writer, messages))
 
     def run() -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +178,8 @@ def dense_all(task: Task) -> Trained:
 
 
 def with_adapters(task: Task) -> Trained:
-    return Trained(*load(task.args.base, task.args.adapter_size, task.seed))
+    model, processor = load(task.args.base, task.args.adapter_size, task.seed)
+    return Trained(model, processor, processor)
 
 
 def along(task: Task, trained: Trained, routes: Tensor) -> Trained:
@@ -261,12 +270,18 @@ def evomoe(task: Task) -> Trained:
     trained, (first, second, third) = untrained(task), shares(task.args.steps)
     learn(task, trained, first, task.rates["dense_all"], "warm-up", STAGES["evomoe-warmup"])
     give_experts(task, trained, top_k=1, router="token_aware")
+    trained.model.config.normalize_expert_weights = task.rates["evomoe_ones"]
     evolve = expert_stage("evomoe-evolution", evolution=Evolution(seed=task.seed))
     learn(task, trained, second, task.rates["dense_mlps"], "evolution", evolve)
     # Of each packed parameter the first expert alone gets a gradient.
     trained.learned["evolution"] //= EXPERTS
-    learn(task, trained, third, task.rates["evomoe_routers"], "routers", STAGES["evomoe-routers"])
+    learn(task, trained, third, task.rates["evomoe"], "routers", STAGES["evomoe-routers"])
     return trained
+
+
+def evomoe_other(task: Task) -> Trained:
+    """EvoMoE with the other weight of the chosen expert."""
+    return evomoe(replace(task, rates=task.rates | {"evomoe_ones": not task.rates["evomoe_ones"]}))
 
 
 MAKERS: dict[str, Callable[[Task], Trained]] = {
@@ -279,6 +294,7 @@ MAKERS: dict[str, Callable[[Task], Trained]] = {
     "moe_llava": moe_llava,
     "evomoe": evomoe,
     "moe_warmed": moe_warmed,
+    "evomoe_other": evomoe_other,
 }
 
 
@@ -307,8 +323,9 @@ def reopen(method: str, folder: Path) -> Trained:
     if method == "dense_adapters":
         put_adapters_beside(model)
     routes = json.loads((folder / "routes.json").read_text())
-    processor = RoeLlavaProcessor.from_pretrained(folder)
-    return Trained(model.eval(), processor, routes=None if routes is None else torch.tensor(routes, dtype=torch.bool))
+    plain, writer = processors(folder)
+    routes = None if routes is None else torch.tensor(routes, dtype=torch.bool)
+    return Trained(model.eval(), writer if method in ROUTED else plain, writer, routes=routes)
 
 
 __all__ = ["CONTROLS", "MAKERS", "METHODS", "Task", "Trained", "reopen", "save"]
