@@ -30,9 +30,10 @@ RATED = {
     "dense_mlps": (3e-5, 1e-4, 3e-4),
     "dense_all": (3e-5, 1e-4, 3e-4),
     "moe_llava": (3e-5, 1e-4, 3e-4),
-    "evomoe": (3e-3, 1e-2, 3e-2),
+    "evomoe": (1e-2,),
 }
 ONES_AT = 1e-2  # rate at which weights of 1 are tried, where routers learn of the balancing loss alone
+AS_GOOD = 1.01  # a loss over the least that does not count as worse: of such rates the largest is taken
 RATE_SEED = 100  # of the runs that choose rates, whose conversations no compared run reads
 RATING_SETTINGS = ("batch_size", "rate_steps", "rate_per_family")
 SETTINGS = (
@@ -90,8 +91,8 @@ def all_runs(seeds: list[int], control_seeds: list[int]) -> list[Run]:
 
 def rate(args, rating: Rating, rates: dict) -> dict:
     """Train with one rate for fewer steps."""
-    # EvoMoE's last stage gets as many steps as the others have.
-    steps = args.rate_steps if rating.what != "evomoe" else round(2.5 * args.rate_steps)
+    # Of EvoMoE's three stages the last one matters here.
+    steps = args.rate_steps if rating.what != "evomoe" else round(1.5 * args.rate_steps)
     short = argparse.Namespace(**{**vars(args), "steps": steps})
     trained = MAKERS[rating.what](Task(rating.what, RATE_SEED, short, rates | rating.changes))
     loss = validation_loss(trained, args.rate_per_family)
@@ -105,10 +106,16 @@ def chosen_rates(args, folder: Path, made_with: dict) -> tuple[dict, list[dict]]
         ratings = [Rating(what, one) for one in grid]
         ratings += [Rating(what, ONES_AT, ones=True)] if what == "evomoe" else []
         results = list(do_cells(ratings, folder, made_with, partial(rate, args, rates=dict(rates)), vars))
-        best = min(results, key=lambda pair: pair[1]["validation_loss"])[0]
-        rates |= best.changes
+        rates |= best_of(results).changes
         tried += [result for _, result in results]
     return rates, tried
+
+
+def best_of(results: list[tuple[Rating, dict]]) -> Rating:
+    """Of the ratings whose loss is hardly above the least, the one with the largest rate: experts have to move."""
+    least = min(result["validation_loss"] for _, result in results)
+    good = [rating for rating, result in results if result["validation_loss"] <= AS_GOOD * least]
+    return max(good, key=lambda rating: (rating.rate, not rating.ones))
 
 
 def do_runs(args, runs: list[Run], rates: dict, folder: Path, made_with: dict) -> Iterator[dict]:
@@ -137,10 +144,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, default=BASE, help="base checkpoint (default: the shipped one)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--control-seeds", type=int, nargs="*", default=[0], help="seeds with controls")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of a run (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=24, help="conversations per step")
     parser.add_argument("--adapter-size", type=int, default=64)
-    parser.add_argument("--per-family", type=int, default=250, help="test questions per family")
+    parser.add_argument("--per-family", type=int, default=200, help="test questions per family")
     parser.add_argument("--control-per-family", type=int, default=40, help="test questions per family, for controls")
     parser.add_argument("--searched-routes", type=int, default=64)
     parser.add_argument("--searched-examples", type=int, default=120)
