@@ -17,12 +17,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from ..convert.output import replace_json
 from ..examples.tiny_world.train_roe import BASE
 from .cells import do_cells
 from .compare_measure import judged, validation_loss
-from .compare_systems import CONTROLS, MAKERS, METHODS, Task, save
+from .compare_report import draw_all, page
+from .compare_speed import speeds
+from .compare_summary import summarise
+from .compare_systems import CONTROLS, MAKERS, METHODS, Task, save, shares
+from .environment import command_line, describe_machine, git_commit
+from .quality import extra_steps
 from .report import check_out
 
 # What is rated -> the rates tried: of a method, or of EvoMoE's last stage.
@@ -91,12 +98,15 @@ def all_runs(seeds: list[int], control_seeds: list[int]) -> list[Run]:
 
 def rate(args, rating: Rating, rates: dict) -> dict:
     """Train with one rate for fewer steps."""
-    # Of EvoMoE's three stages the last one matters here.
-    steps = args.rate_steps if rating.what != "evomoe" else round(1.5 * args.rate_steps)
-    short = argparse.Namespace(**{**vars(args), "steps": steps})
+    short = argparse.Namespace(**{**vars(args), "steps": rating_steps(args, rating.what)})
     trained = MAKERS[rating.what](Task(rating.what, RATE_SEED, short, rates | rating.changes))
     loss = validation_loss(trained, args.rate_per_family)
     return {"validation_loss": loss, "minutes": trained.seconds / 60, "cpu_minutes": trained.cpu_seconds / 60}
+
+
+def rating_steps(args, what: str) -> int:
+    """Optimizer steps of a rating; of EvoMoE's three stages the last one is rated, so that it gets more."""
+    return round(1.5 * args.rate_steps) if what == "evomoe" else args.rate_steps
 
 
 def chosen_rates(args, folder: Path, made_with: dict) -> tuple[dict, list[dict]]:
@@ -169,14 +179,58 @@ def run(args: argparse.Namespace) -> dict | None:
         raise ValueError(f"{args.report} exists: give another --report, or replace it (--overwrite)")
     folder = args.out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    rates, tried = chosen_rates(args, folder, settings_of(args, RATING_SETTINGS))
+    rates, ratings = chosen_rates(args, folder, settings_of(args, RATING_SETTINGS))
     if args.part == "rates":
         return None
     wanted = all_runs(args.seeds, args.control_seeds)
     runs = list(do_runs(args, wanted, rates, folder, settings_of(args, SETTINGS) | {"rates": rates}))
     if args.part == "runs":
         return None
-    raise NotImplementedError
+    speed = timed(args, folder / "speed.json")
+    config = json.loads((args.base / "config.json").read_text())["text_config"]
+    result = {
+        "benchmark": "compare",
+        "command": command_line("roe_llava.benchmarks.compare"),
+        **describe_machine(),
+        "threads": torch.get_num_threads(),
+        "num_layers": config["num_hidden_layers"],
+        "mlp_share": mlp_share(config),
+        "settings": settings_of(args, (*SETTINGS, *RATING_SETTINGS)),
+        "extra_steps": extra_steps(args),
+        "evomoe_steps": [len(part) for part in shares(args.steps)],
+        "evomoe_rate_steps": rating_steps(args, "evomoe"),
+        "rate_seed": RATE_SEED,
+        "rates": rates,
+        "ratings": ratings,
+        "minutes": sum(one["minutes"] for one in runs),
+        "cpu_minutes": sum(one["cpu_minutes"] for one in runs),
+        "speed": speed,
+        "summary": summarise(runs, speed),
+        "runs": runs,
+    }
+    replace_json(args.out / "compare.json", result)
+    draw_all(result, args.out)
+    if args.report is not None:
+        args.report.parent.mkdir(parents=True, exist_ok=True)
+        draw_all(result, args.report.parent)
+        args.report.write_text(page(result))
+    print(f"wrote {args.out}")
+    return result
+
+
+def timed(args, path: Path) -> dict:
+    """Times of the first seed's models; those on disk are not taken again."""
+    if not path.is_file():
+        found = speeds(args.out / "models", args.seeds[0], args.rounds, lambda items, what: tqdm(items, desc=what))
+        replace_json(path, {"commit": git_commit()} | found)
+    return json.loads(path.read_text())
+
+
+def mlp_share(text_config: dict) -> float:
+    """Share of the matrices of a decoder layer that is its MLP's."""
+    mlp = 3 * text_config["intermediate_size"]
+    heads = 2 * text_config["num_attention_heads"] + 2 * text_config["num_key_value_heads"]
+    return mlp / (mlp + heads * text_config["head_dim"])
 
 
 def settings_of(args, names: tuple[str, ...]) -> dict:
