@@ -27,9 +27,10 @@ from .compare_measure import judged, validation_loss
 from .compare_report import draw_all, page
 from .compare_speed import speeds
 from .compare_summary import summarise
-from .compare_systems import CONTROLS, MAKERS, METHODS, Task, save, shares
-from .environment import command_line, describe_machine, git_commit
+from .compare_systems import CONTROLS, MAKERS, METHODS, TARGET, Task, save, shares
+from .environment import ROOT, command_line, describe_machine, git_commit
 from .quality import extra_steps
+from .quality_report import row_of
 from .report import check_out
 
 # What is rated -> the rates tried: of a method, or of EvoMoE's last stage.
@@ -206,7 +207,8 @@ def run(args: argparse.Namespace) -> dict | None:
         "cpu_minutes": sum(one["cpu_minutes"] for one in runs),
         "speed": speed,
         "summary": summarise(runs, speed),
-        "runs": runs,
+        "full_roe": full_roe(),
+        "runs": [without_pool(one) for one in runs],
     }
     replace_json(args.out / "compare.json", result)
     draw_all(result, args.out)
@@ -216,6 +218,23 @@ def run(args: argparse.Namespace) -> dict | None:
         args.report.write_text(page(result))
     print(f"wrote {args.out}")
     return result
+
+
+def full_roe() -> dict | None:
+    """RoE after its own number of steps, as `quality` measured it; `None` where its results are not at hand."""
+    path = ROOT / "benchmarks" / "results" / "quality.json"
+    if not path.is_file():
+        return None
+    measured = json.loads(path.read_text())
+    row = row_of(measured["summary"]["methods"], "taught", TARGET)
+    dense = row_of(measured["summary"]["methods"], "dense", 0.0)
+    found = {name: row[name] for name in ("accuracy", "skip_ratio")}
+    return found | {"steps": measured["settings"]["steps"], "dense_accuracy": dense["accuracy"]}
+
+
+def without_pool(run: dict) -> dict:
+    """A run without the routes that RoE's search measured, which the static drop has used."""
+    return run | {"more": {name: value for name, value in run["more"].items() if name != "pool"}}
 
 
 def timed(args, path: Path) -> dict:

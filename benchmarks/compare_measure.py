@@ -132,9 +132,9 @@ def idle_in_experts(model: PreTrainedModel) -> int:
 # --------------------------------------------------------------------------------------------------------------- FLOPs
 
 
-def counted_prompts(trained: Trained, per_family: int = COUNTED_PER_FAMILY) -> list[BatchFeature]:
+def counted_prompts(trained: Trained) -> list[BatchFeature]:
     """Inputs of single test questions, as many of every family."""
-    examples = [one for family in FAMILIES for one in family_examples(family, per_family)]
+    examples = [one for family in FAMILIES for one in family_examples(family, COUNTED_PER_FAMILY)]
     return [prompts(trained.processor, [one]) for one in examples]
 
 

@@ -7,6 +7,7 @@ from statistics import mean
 from ..display.drawing import FAINT, INK, KEPT, WRONG
 from .compare_speed import TOKENS, fastest
 from .compare_summary import shown_methods
+from .compare_systems import METHODS
 from .quality_report import new_figure, percent, table
 
 LABELS = {
@@ -61,10 +62,11 @@ questions, differences below a point say nothing.
 
 {systems}
 
-MLP = million. Activated parameters are those a token of an answer goes through, with embeddings and vision tower; for
-RoE the mean over its routes with adapters and routers, {roe_skipped:.1f} % of the layers skipped. FLOPs are the
-decoder's (torch's counter, eager attention and experts; a test holds it against a formula), by token: of a prefill
-over the prompt's tokens, and of a decoded token with the head. Controls, below the six, have fewer seeds.
+M: millions. Activated parameters are those a token of an answer goes through, with embeddings and vision tower; for
+RoE the mean over its routes, {roe_skipped:.1f} % of the layers skipped, with adapters and routers. FLOPs are the
+decoder's (torch's counter, eager attention and experts; `test_compare.py` holds it against a formula), by token: of a
+prefill over the prompt's tokens, and of a decoded token with the head. Training is the process's own time, whatever
+else the machine did.{controls}
 
 ![Accuracy over activated parameters and seconds](compare_accuracy.png)
 
@@ -75,7 +77,7 @@ over the prompt's tokens, and of a decoded token with the head. Controls, below 
 ## Speed
 
 All systems took turns in one process, each prompt in a new order ({rounds} rounds, {tokens} decoded tokens,
-{speed_threads} thread, trained models of seed {speed_seed}, experts with the fastest of three implementations). The
+{speed_threads} thread, trained models of seed {speed_seed}, experts with the faster of two implementations). The
 ratio is the base's time over the system's in the same round, median and quartiles. **Only ratios count**: other work
 ran on the machine. "{control}" is the base's network with other weights, so what its ratio lacks of 1 is noise.
 
@@ -101,26 +103,23 @@ What each method learns, and what it costs beside its steps:
 
 {freedom}
 
-- **RoE trains adapters on a frozen base, MoE-LLaVA experts, EvoMoE in its warm-up nearly all.** So there are three
-  dense counterparts: the MLPs that become experts (MoE-LLaVA's), all but the vision tower (EvoMoE's warm-up) and
-  adapters beside every layer (RoE's; over 673 steps in [quality](quality.md)).
+- **RoE trains adapters on a frozen base, MoE-LLaVA experts, EvoMoE in its warm-up nearly all.** {counterparts}
 - **RoE gets forward passes that others do not**: its search and measured routes are worth about {extra_steps}
   optimizer steps more than the {steps} here. The static drop takes the best set that this search measured, so it had
   them too.
-- **RoE's recipe was made on this world**, for 500 steps of 24 conversations; its rates were not searched again. Here
-  it has {steps}, and has to learn to do without layers from nothing, while the others begin as the base.
-  [quality](quality.md) has its full run.
-- **The others' rates were searched with little**: {ratings} With {as_good} of the best the largest was taken. Some
-  lie at the edge of what was tried.
+- **RoE has too few steps here.** It has to learn to do without layers from nothing, while the others begin as the
+  base and can stay what they are. {full_roe}
+- **RoE's recipe was made on this world**; its rates were not searched again. Those of the others were searched with
+  little: one short run for each of few rates, one seed, and a single rate for EvoMoE's routers. Of rates within 1 % of
+  the least loss the largest is taken, as experts have to move to become different.
 - **EvoMoE's budget is shared**: warm-up, evolution and routers have {shares} steps, in the paper's proportions (5200,
   10395, 10395), each with a schedule of its own. Its paper does not say what weight the chosen expert's output has.
   {ones}
-- MoE-LLaVA's stage III has all {steps} steps, {k} experts of 4 per token (so it computes more than the base), the
-  paper's balancing loss of 0.01, no capacity. It begins from a base that had instruction tuning, as in the paper;
-  "{warmed}" begins where EvoMoE's evolution does.
-- RoE's loss is a mean over conversations, the others' over tokens, each as published.
-- AdamW, cosine, 5 % warm-up, no weight decay and {batch_size} conversations per step are common to all.
-- Seconds of training are the process's own (other work on the machine does not count).
+- **MoE-LLaVA computes more than the base**: {k} of 4 experts per token. Its stage III has all {steps} steps, the
+  paper's balancing loss of 0.01 and no capacity. It begins, as in the paper, from a base that had its instruction tuning.
+- **The static drop is exactly as deep for all**, at {static_skipped:.1f} % skipped where RoE has {roe_skipped:.1f} %.
+- RoE's loss is a mean over conversations, the others' over tokens, each as published. AdamW, cosine, 5 % warm-up, no
+  weight decay and {batch_size} conversations per step are common to all.
 
 Learning rates, by token loss (nats) on validation questions after {rate_steps} steps ({rate_evo} for EvoMoE), seed
 {rate_seed}:
@@ -138,11 +137,6 @@ def page(result: dict) -> str:
     settings, speed, rates = result["settings"], result["speed"], result["rates"]
     by_name = {row["method"]: row for row in rows}
     families = list(rows[0]["accuracy_by_family"])
-    ones = (
-        "A weight of 1 did better on validation questions than its probability"
-        if rates["evomoe_ones"]
-        else ("Its probability did as well on validation questions as a weight of 1, or better")
-    )
     return PAGE.format(
         **{name: result[name] for name in ("command", "minutes", "cpu_minutes", "threads", "processor", "commit")},
         **{name: result[name] for name in ("torch", "transformers", "num_layers", "extra_steps", "rate_seed")},
@@ -175,15 +169,50 @@ def page(result: dict) -> str:
         experts=experts_table(rows),
         control_questions=settings["control_per_family"] * len(families),
         freedom=freedom_table(rows),
-        ratings="learning rates of what trains base weights by one short run each, EvoMoE's routers by a single rate.",
-        as_good="a loss within 1 %",
+        controls=" Controls, below the six, have fewer seeds." if len(rows) > len(METHODS) else "",
+        counterparts=counterparts(by_name),
+        full_roe=full_roe(result),
+        static_skipped=100 * by_name["static"]["skip_ratio"]["mean"],
         shares=", ".join(map(str, result["evomoe_steps"])),
-        ones=f"{ones}, so that is what is compared; the control has the other.",
+        ones=weights_text(rates["evomoe_ones"], "evomoe_other" in by_name),
         k=2,
-        warmed=LABELS["moe_warmed"],
         rate_evo=result["evomoe_rate_steps"],
         rated=rated_table(result),
     )
+
+
+def counterparts(by_name: dict[str, dict]) -> str:
+    """Which dense models stand beside the methods."""
+    texts = {
+        "dense_mlps": "the MLPs that become experts (MoE-LLaVA's and the second stage of EvoMoE)",
+        "dense_all": "all but the vision tower (EvoMoE's warm-up)",
+        "dense_adapters": "adapters beside every layer (RoE's)",
+    }
+    found = [text for name, text in texts.items() if name in by_name]
+    text = f"Dense counterparts learn {'; '.join(found)}. [quality](quality.md) has adapters beside over more steps."
+    if "moe_warmed" in by_name:
+        text += f' "{LABELS["moe_warmed"]}" begins where the evolution does, with the same steps left.'
+    return text
+
+
+def full_roe(result: dict) -> str:
+    """RoE with its own number of steps."""
+    found = result["full_roe"]
+    if found is None:
+        return "[quality](quality.md) has its full run."
+    return (
+        f"After {found['steps']} steps, in [quality](quality.md), it has {100 * found['accuracy']['mean']:.1f} % at "
+        f"{100 * found['skip_ratio']['mean']:.1f} % skipped, and the base given the same training "
+        f"{100 * found['dense_accuracy']['mean']:.1f} %."
+    )
+
+
+def weights_text(ones: bool, has_other: bool) -> str:
+    """Which weight EvoMoE's chosen expert has, and why."""
+    what, other = ("1", "its probability") if ones else ("its probability", "1")
+    text = f"Here it is {what}, which did better on validation questions than {other}"
+    text += "; its routers then learn of the balancing loss alone" if ones else ""
+    return text + (f'. "{LABELS["evomoe_other"]}" has {other}.' if has_other else ".")
 
 
 def systems_table(rows: Sequence[dict]) -> str:

@@ -12,12 +12,12 @@ from transformers import BatchFeature
 from ..examples.tiny_world.asking import prompts
 from ..examples.tiny_world.evaluate import family_examples
 from ..examples.tiny_world.world import FAMILIES
-from .compare_measure import COUNTED_PER_FAMILY, counted_prompts, requested
+from .compare_measure import counted_prompts, requested
 from .compare_systems import WITH_EXPERTS, Trained, reopen
 from .timing import PARTS, time_once
 
 TIMED = ("base", "dense_mlps", "dense_adapters", "static", "roe", "moe_llava", "evomoe")
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm copies experts for every token: far too slow on a processor
 BATCH_SIZES = (1, 8)
 TOKENS = 8  # decoding steps behind every prefill
 BASE = "base"
@@ -79,7 +79,7 @@ def speeds(
 def asked(trained: Trained, batch_size: int) -> list[BatchFeature]:
     """Prompts: single questions, or as many batches of one family as there are families."""
     if batch_size == 1:
-        return counted_prompts(trained, COUNTED_PER_FAMILY)
+        return counted_prompts(trained)
     return [prompts(trained.processor, family_examples(family, batch_size)) for family in FAMILIES]
 
 
