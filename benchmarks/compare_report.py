@@ -116,7 +116,8 @@ What each method learns, and what it costs beside its steps:
   10395, 10395), each with a schedule of its own. Its paper does not say what weight the chosen expert's output has.
   {ones}
 - **MoE-LLaVA computes more than the base**: {k} of 4 experts per token. Its stage III has all {steps} steps, the
-  paper's balancing loss of 0.01 and no capacity. It begins, as in the paper, from a base that had its instruction tuning.
+  paper's balancing loss of 0.01 and no capacity. It begins, as in the paper, from a base that had its instruction
+  tuning.
 - **The static drop is exactly as deep for all**, at {static_skipped:.1f} % skipped where RoE has {roe_skipped:.1f} %.
 - RoE's loss is a mean over conversations, the others' over tokens, each as published. AdamW, cosine, 5 % warm-up, no
   weight decay and {batch_size} conversations per step are common to all.
