@@ -6,7 +6,7 @@ from statistics import mean
 
 from ..display.drawing import FAINT, INK, KEPT, WRONG
 from .compare_speed import TOKENS, fastest
-from .compare_summary import shown_methods
+from .compare_summary import LEAST_POINTS, answer_ratio, shown_methods
 from .compare_systems import METHODS
 from .quality_report import new_figure, percent, table
 
@@ -35,6 +35,13 @@ COLORS = {
     "evomoe_other": "#E7B6D1",
 }
 
+BESIDE = {
+    "roe": "routes searched and measured (forward passes), skip ratio settled on validation questions",
+    "static": "RoE's search",
+    "moe_llava": "its MLPs copied into experts",
+    "evomoe": "its MLPs copied into experts after the warm-up; three schedules",
+}
+
 PAGE = """# RoE, MoE-LLaVA and EvoMoE side by side
 
 Made by `{command}` ({minutes:.0f} minutes of training, {cpu_minutes:.0f} of them on the processor; {num_seeds} seeds,
@@ -49,7 +56,21 @@ questions of each of {num_families} families, ± the standard deviation over see
 
 {claims}
 
-"Not told apart": the mean of the differences, seed by seed, lies within two standard errors of 0.
+"Not told apart": the mean of the differences, seed by seed, lies within two standard errors of 0, or within
+{least:.0f} point of accuracy.
+
+- **Accuracy.** Models with experts begin as the base, which knows this world already: {dense_gain:+.1f} points for the
+  same MLPs trained dense, {moe_gain:+.1f} for MoE-LLaVA, {evomoe_gain:+.1f} for EvoMoE, against the untrained base. RoE
+  begins with {roe_skipped:.0f} % less of it: after {steps} steps it is {over_static:+.1f} points from the best layers
+  dropped for all, and {over_dense:+.1f} from dense. {full_roe} That decides the first row; of the {claimed} it says
+  nothing, as models with experts have nothing to lose here.
+- **Speed.** RoE computes {roe_flops:.0f} % of the base's FLOPs per decoded token, MoE-LLaVA {moe_flops:.0f} %, EvoMoE
+  {evomoe_flops:.0f} %. For a question and {tokens} tokens they take {roe_time:.2f}, {moe_time:.2f} and {evomoe_time:.2f}
+  times the base's time: in a model this small much of the time is not computing but calling.
+- **Uniform experts.** What MoE-LLaVA's experts moved has a cosine of {moe_moved:.2f}, their outputs one of
+  {moe_outputs:.4f}; rotating routers costs {moe_rotation_costs_points:.1f} points. {evolved}
+- **Rigid routers.** Image and text tokens part by {moe_apart:.2f} in MoE-LLaVA and by {evomoe_apart:.2f} in EvoMoE (0
+  alike, 1 disjoint); the entropy of probabilities is {moe_undecided:.2f} and {evomoe_undecided:.2f} of the largest.
 
 **A tiny model can show** that all three run on one footing, what each costs in parameters, FLOPs and seconds, and
 whether mechanisms (routers that part modalities, experts that become different, layers that are left out) happen at
@@ -108,7 +129,7 @@ What each method learns, and what it costs beside its steps:
   optimizer steps more than the {steps} here. The static drop takes the best set that this search measured, so it had
   them too.
 - **RoE has too few steps here.** It has to learn to do without layers from nothing, while the others begin as the
-  base and can stay what they are. {full_roe}
+  base and can stay what they are.
 - **RoE's recipe was made on this world**; its rates were not searched again. Those of the others were searched with
   little: one short run for each of few rates, one seed, and a single rate for EvoMoE's routers. Of rates within 1 % of
   the least loss the largest is taken, as experts have to move to become different.
@@ -173,12 +194,46 @@ def page(result: dict) -> str:
         controls=" Controls, below the six, have fewer seeds." if len(rows) > len(METHODS) else "",
         counterparts=counterparts(by_name),
         full_roe=full_roe(result),
+        **compared_numbers(result, by_name),
         static_skipped=100 * by_name["static"]["skip_ratio"]["mean"],
         shares=", ".join(map(str, result["evomoe_steps"])),
         ones=weights_text(rates["evomoe_ones"], "evomoe_other" in by_name),
         k=2,
         rate_evo=result["evomoe_rate_steps"],
         rated=rated_table(result),
+    )
+
+
+def compared_numbers(result: dict, by_name: dict[str, dict]) -> dict:
+    """The numbers of the text under the claims."""
+    rows = result["speed"]["batches"]["1"]
+    level = {name: 100 * row["accuracy"]["mean"] for name, row in by_name.items()}
+    flops = {name: row["flops"]["decode_per_token"] for name, row in by_name.items()}
+    found = {
+        "least": LEAST_POINTS,
+        "claimed": f"{result['summary']['claims'][0]['paper']} that RoE's paper claims over MoE-LLaVA",
+        "dense_gain": level["dense_mlps"] - level["base"],
+        "over_static": level["roe"] - level["static"],
+        "over_dense": level["roe"] - level["dense_mlps"],
+    }
+    for name, short in (("moe_llava", "moe"), ("evomoe", "evomoe"), ("roe", "roe")):
+        found[f"{short}_gain"] = level[name] - level["base"]
+        found[f"{short}_flops"] = 100 * flops[name] / flops["base"]
+        found[f"{short}_time"] = 1 / answer_ratio(rows, name, "base")
+        for number, values in by_name[name].get("experts", {}).items():
+            found[f"{short}_{number}"] = values["mean"] if isinstance(values, dict) else values
+    found["moe_rotation_costs_points"] = 100 * found["moe_rotation_costs"]
+    return found | {"evolved": evolved_text(found)}
+
+
+def evolved_text(found: dict) -> str:
+    """Whether evolution made experts less alike."""
+    numbers = f"{found['evomoe_moved']:.3f} and {found['evomoe_outputs']:.4f}"
+    if found["evomoe_outputs"] < found["moe_outputs"]:
+        return f"Evolved experts are less alike ({numbers})."
+    return (
+        f"Evolved experts are more alike ({numbers}): they are averages of one path, which is short here, and what they "
+        "give can differ no more than the path is long."
     )
 
 
@@ -260,8 +315,8 @@ def freedom_table(rows: Sequence[dict]) -> str:
     cells = []
     for row in rows:
         learned = "; ".join(f"{name}: {number / 1e6:.2f} M" for name, number in row["learned"].items())
-        cells.append([LABELS[row["method"]], learned or "nothing", f"{row['cpu_minutes']['mean']:.1f}"])
-    return table(["System", "Learns", "Minutes"], cells)
+        cells.append([LABELS[row["method"]], learned or "nothing", BESIDE.get(row["method"], "")])
+    return table(["System", "Learns", "Beside its steps"], cells)
 
 
 def rated_table(result: dict) -> str:

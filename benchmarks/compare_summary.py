@@ -8,6 +8,7 @@ from .compare_speed import TOKENS, fastest
 from .compare_systems import METHODS
 from .quality_report import mean_by_key, over_seeds
 
+LEAST_POINTS = 1.0  # of accuracy: less is noise of questions and seeds
 EXPERT_NUMBERS = ("weights", "moved", "outputs", "apart", "differ", "undecided")
 
 
@@ -45,12 +46,16 @@ def differences(by_method: dict[str, list[dict]], a: str, b: str, number: Callab
     return [number(run) - second[run["seed"]] for run in by_method.get(a, []) if run["seed"] in second]
 
 
-def verdict(values: Sequence[float], claimed_sign: int = 1) -> str:
-    """Whether differences have the claimed sign: "yes", "no", or "not told apart" within two standard errors of 0."""
+def verdict(values: Sequence[float], claimed_sign: int = 1, least: float = 0.0) -> str:
+    """Whether differences have the claimed sign: "yes", "no", or "not told apart".
+
+    Args:
+        least: a mean that is not larger is not told from 0, as one within two standard errors.
+    """
     if len(values) < 2:
         return "one seed"
     error = stdev(values) / sqrt(len(values))
-    if abs(mean(values)) <= 2 * error or mean(values) == 0:
+    if abs(mean(values)) <= max(2 * error, least):
         return "not told apart"
     return "yes" if mean(values) * claimed_sign > 0 else "no"
 
@@ -68,12 +73,13 @@ def answer_ratio(rows: Sequence[dict], method: str, other: str) -> float:
 
 def claims(by_method: dict[str, list[dict]], speed: dict) -> list[dict]:
     """Dicts of `claim`, `paper`, `here` (text) and `same`, whether the direction is the paper's."""
-    found = []
+    found: list[dict] = []
 
     def points(a: str, b: str, claim: str, paper: str) -> None:
         values = differences(by_method, a, b, accuracy)
         if values:
-            found.append({"claim": claim, "paper": paper, "here": spread(values, "points"), "same": verdict(values)})
+            same = verdict(values, least=LEAST_POINTS)
+            found.append({"claim": claim, "paper": paper, "here": spread(values, "points"), "same": same})
 
     def of_experts(a: str, b: str, name: str, sign: int, claim: str, paper: str) -> None:
         values = differences(by_method, a, b, lambda run: mean_layer(run, name))
@@ -104,7 +110,7 @@ def claims(by_method: dict[str, list[dict]], speed: dict) -> list[dict]:
                 "claim": "MoE-LLaVA's experts are uniform: sending tokens to other experts hardly matters",
                 "paper": "EvoMoE: routers shuffled, at most 0.3 points",
                 "here": spread(rotation, "points lost"),
-                "same": "yes" if abs(mean(rotation)) <= 1 else "no",
+                "same": "yes" if abs(mean(rotation)) <= LEAST_POINTS else "no",
             }
         )
     of_experts("evomoe", "moe_llava", "outputs", -1, "evolved experts give less alike outputs", "EvoMoE: yes")

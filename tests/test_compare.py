@@ -214,6 +214,7 @@ def test_the_largest_rate_that_is_as_good_is_taken():
 )
 def test_a_claim_needs_differences_beyond_their_noise(values, sign, expected):
     assert verdict(values, sign) == expected
+    assert verdict(values, sign, least=5.0) == ("one seed" if expected == "one seed" else "not told apart")
 
 
 def test_controls_come_last_and_have_seeds_of_their_own():
