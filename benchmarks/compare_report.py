@@ -65,8 +65,8 @@ questions of each of {num_families} families, ± the standard deviation over see
   dropped for all, and {over_dense:+.1f} from dense. {full_roe} That decides the first row; of the {claimed} it says
   nothing, as models with experts have nothing to lose here.
 - **Speed.** RoE computes {roe_flops:.0f} % of the base's FLOPs per decoded token, MoE-LLaVA {moe_flops:.0f} %, EvoMoE
-  {evomoe_flops:.0f} %. For a question and {tokens} tokens they take {roe_time:.2f}, {moe_time:.2f} and {evomoe_time:.2f}
-  times the base's time: in a model this small much of the time is not computing but calling.
+  {evomoe_flops:.0f} %. For a question and {tokens} tokens they take {roe_time:.2f}, {moe_time:.2f} and
+  {evomoe_time:.2f} times the base's time: in a model this small much of the time is not computing but calling.
 - **Uniform experts.** What MoE-LLaVA's experts moved has a cosine of {moe_moved:.2f}, their outputs one of
   {moe_outputs:.4f}; rotating routers costs {moe_rotation_costs_points:.1f} points. {evolved}
 - **Rigid routers.** Image and text tokens part by {moe_apart:.2f} in MoE-LLaVA and by {evomoe_apart:.2f} in EvoMoE (0
@@ -232,8 +232,8 @@ def evolved_text(found: dict) -> str:
     if found["evomoe_outputs"] < found["moe_outputs"]:
         return f"Evolved experts are less alike ({numbers})."
     return (
-        f"Evolved experts are more alike ({numbers}): they are averages of one path, which is short here, and what they "
-        "give can differ no more than the path is long."
+        f"Evolved experts are more alike ({numbers}): they are averages of one path, which is short here, and what "
+        "they give can differ no more than the path is long."
     )
 
 
