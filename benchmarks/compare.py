@@ -23,11 +23,11 @@ from tqdm import tqdm
 from ..convert.output import replace_json
 from ..examples.tiny_world.train_roe import BASE
 from .cells import do_cells
-from .compare_measure import judged, validation_loss
+from .compare_measure import judged, modalities_apart, validation_loss
 from .compare_report import draw_all, page
 from .compare_speed import speeds
 from .compare_summary import summarise
-from .compare_systems import CONTROLS, MAKERS, METHODS, TARGET, Task, save, shares
+from .compare_systems import CONTROLS, GIVEN, MAKERS, METHODS, TARGET, Task, give_experts, save, shares
 from .environment import ROOT, command_line, describe_machine, git_commit
 from .quality import extra_steps
 from .quality_report import row_of
@@ -188,6 +188,7 @@ def run(args: argparse.Namespace) -> dict | None:
     if args.part == "runs":
         return None
     speed = timed(args, folder / "speed.json")
+    untrained_apart = apart_before(args, folder / "untrained_routers.json")
     config = json.loads((args.base / "config.json").read_text())["text_config"]
     result = {
         "benchmark": "compare",
@@ -206,6 +207,7 @@ def run(args: argparse.Namespace) -> dict | None:
         "minutes": sum(one["minutes"] for one in runs),
         "cpu_minutes": sum(one["cpu_minutes"] for one in runs),
         "speed": speed,
+        "untrained_apart": untrained_apart,
         "summary": summarise(runs, speed),
         "full_roe": full_roe(),
         "runs": [without_pool(one) for one in runs],
@@ -242,6 +244,19 @@ def timed(args, path: Path) -> dict:
     if not path.is_file():
         found = speeds(args.out / "models", args.seeds[0], args.rounds, lambda items, what: tqdm(items, desc=what))
         replace_json(path, {"commit": git_commit()} | found)
+    return json.loads(path.read_text())
+
+
+def apart_before(args, path: Path) -> dict[str, list[float]]:
+    """How far routers part image from text tokens before they learned anything, by method and seed."""
+    if not path.is_file():
+        found: dict[str, list[float]] = {}
+        for method, options in GIVEN.items():
+            for seed in args.seeds:
+                trained = MAKERS["base"](Task("base", seed, args, {}))
+                give_experts(Task(method, seed, args, {}), trained, **options)
+                found.setdefault(method, []).append(modalities_apart(trained))
+        replace_json(path, found)
     return json.loads(path.read_text())
 
 

@@ -277,6 +277,15 @@ def experts(trained: Trained, per_family: int) -> dict:
     return {"layers": found, "accuracy": scores}
 
 
+@torch.inference_mode()
+def modalities_apart(trained: Trained) -> float:
+    """`apart` of `usage`, mean over layers with experts."""
+    trained.model.eval()
+    _, routing, is_image = watch(trained)
+    number = trained.model.config.num_experts
+    return mean(usage(logits, chosen, is_image, number)["apart"] for logits, chosen in routing)
+
+
 def watch(trained: Trained) -> tuple[dict[int, Tensor], list[tuple[Tensor, Tensor]], Tensor]:
     """The tokens of test prompts in the layers with experts.
 
@@ -372,4 +381,4 @@ def rotated(model: PreTrainedModel) -> Iterator[None]:
                 one.copy_(one.roll(-1, dims=0))
 
 
-__all__ = ["judged", "mean_flops", "validation_loss"]
+__all__ = ["judged", "mean_flops", "modalities_apart", "validation_loss"]

@@ -70,7 +70,7 @@ questions of each of {num_families} families, ± the standard deviation over see
 - **Uniform experts.** What MoE-LLaVA's experts moved has a cosine of {moe_moved:.2f}, their outputs one of
   {moe_outputs:.4f}; rotating routers costs {moe_rotation_costs_points:.1f} points. {evolved}
 - **Rigid routers.** Image and text tokens part by {moe_apart:.2f} in MoE-LLaVA and by {evomoe_apart:.2f} in EvoMoE (0
-  alike, 1 disjoint); the entropy of probabilities is {moe_undecided:.2f} and {evomoe_undecided:.2f} of the largest.
+  alike, 1 disjoint), before any training by {moe_apart_before:.2f} and {evomoe_apart_before:.2f}; the entropy of probabilities is {moe_undecided:.2f} and {evomoe_undecided:.2f} of the largest.
 
 **A tiny model can show** that all three run on one footing, what each costs in parameters, FLOPs and seconds, and
 whether mechanisms (routers that part modalities, experts that become different, layers that are left out) happen at
@@ -222,6 +222,8 @@ def compared_numbers(result: dict, by_name: dict[str, dict]) -> dict:
         found[f"{short}_time"] = 1 / answer_ratio(rows, name, "base")
         for number, values in by_name[name].get("experts", {}).items():
             found[f"{short}_{number}"] = values["mean"] if isinstance(values, dict) else values
+    for name, short in (("moe_llava", "moe"), ("evomoe", "evomoe")):
+        found[f"{short}_apart_before"] = mean(result["untrained_apart"][name])
     found["moe_rotation_costs_points"] = 100 * found["moe_rotation_costs"]
     return found | {"evolved": evolved_text(found)}
 

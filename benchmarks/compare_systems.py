@@ -41,6 +41,7 @@ from .quality import best_single_route, put_adapters_beside, teaching_of
 
 TARGET = 0.3  # share of the layers that RoE is to skip
 EXPERTS, LAYERS = 4, "alternate"
+GIVEN = {"moe_llava": {"top_k": 2}, "evomoe": {"top_k": 1, "router": "token_aware"}}  # beside both: of `upcycle`
 IN_ORDER = {"train_sampling_strategy": "sequential"}  # every method reads the same conversations at the same step
 # Steps of EvoMoE's three stages in its paper (table 7).
 EVOMOE_STEPS = (5200, 10395, 10395)
@@ -250,7 +251,7 @@ def shares(steps: int) -> tuple[range, range, range]:
 def moe_llava(task: Task) -> Trained:
     """Stage III of MoE-LLaVA: experts and routers learn."""
     trained = untrained(task)
-    give_experts(task, trained, top_k=2)
+    give_experts(task, trained, **GIVEN["moe_llava"])
     learn(task, trained, range(task.args.steps), task.rates["moe_llava"], "experts, routers", STAGES["moe-stage3"])
     return trained
 
@@ -259,7 +260,7 @@ def moe_warmed(task: Task) -> Trained:
     """EvoMoE's first stage, then MoE-LLaVA's third for the rest."""
     trained, (first, _, last) = untrained(task), shares(task.args.steps)
     learn(task, trained, first, task.rates["dense_all"], "warm-up", STAGES["evomoe-warmup"])
-    give_experts(task, trained, top_k=2)
+    give_experts(task, trained, **GIVEN["moe_llava"])
     rest = range(first.stop, last.stop)
     learn(task, trained, rest, task.rates["moe_llava"], "experts, routers", STAGES["moe-stage3"])
     return trained
@@ -269,7 +270,7 @@ def evomoe(task: Task) -> Trained:
     """Warm-up, evolution of the experts, token-aware routers alone."""
     trained, (first, second, third) = untrained(task), shares(task.args.steps)
     learn(task, trained, first, task.rates["dense_all"], "warm-up", STAGES["evomoe-warmup"])
-    give_experts(task, trained, top_k=1, router="token_aware")
+    give_experts(task, trained, **GIVEN["evomoe"])
     trained.model.config.normalize_expert_weights = task.rates["evomoe_ones"]
     evolve = expert_stage("evomoe-evolution", evolution=Evolution(seed=task.seed))
     learn(task, trained, second, task.rates["dense_mlps"], "evolution", evolve)

@@ -137,6 +137,11 @@ def test_experts_are_compared_and_routing_is_split_by_modality(by_method):
         assert len(found["accuracy"]["single"]) == EXPERTS
 
 
+def test_routers_are_looked_at_before_they_learned_too(done):
+    found = done[1]["untrained_apart"]
+    assert set(found) == {"moe_llava", "evomoe"} and all(0 < one < 1 for many in found.values() for one in many)
+
+
 def test_usage_tells_modalities_apart():
     chosen = torch.tensor([[0], [0], [1], [2]])
     found = compare_measure.usage(torch.zeros(4, 4), chosen, torch.tensor([True, True, False, False]), 4)
