@@ -70,7 +70,8 @@ questions of each of {num_families} families, ± the standard deviation over see
 - **Uniform experts.** What MoE-LLaVA's experts moved has a cosine of {moe_moved:.2f}, their outputs one of
   {moe_outputs:.4f}; rotating routers costs {moe_rotation_costs_points:.1f} points. {evolved}
 - **Rigid routers.** Image and text tokens part by {moe_apart:.2f} in MoE-LLaVA and by {evomoe_apart:.2f} in EvoMoE (0
-  alike, 1 disjoint), before any training by {moe_apart_before:.2f} and {evomoe_apart_before:.2f}; the entropy of probabilities is {moe_undecided:.2f} and {evomoe_undecided:.2f} of the largest.
+  alike, 1 disjoint), before any training by {moe_apart_before:.2f} and {evomoe_apart_before:.2f}; the entropy of
+  probabilities is {moe_undecided:.2f} and {evomoe_undecided:.2f} of the largest.
 
 **A tiny model can show** that all three run on one footing, what each costs in parameters, FLOPs and seconds, and
 whether mechanisms (routers that part modalities, experts that become different, layers that are left out) happen at
