@@ -282,7 +282,7 @@ def systems_table(rows: Sequence[dict]) -> str:
         work = [f"{row['flops'][name] / 1e6:.2f}" for name in ("prefill_per_token", "decode_per_token")]
         start = [LABELS[row["method"]], str(len(row["seeds"])), percent(row["accuracy"])]
         cells.append([*start, *sizes, *work, f"{row['cpu_minutes']['mean']:.1f}"])
-    return table([*header, "Training, min"], cells)
+    return table([*header, "Training, CPU min"], cells)
 
 
 def speed_table(speed: dict) -> str:
