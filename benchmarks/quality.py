@@ -39,7 +39,8 @@ from ..training.route_search import RoutePool, price_of
 from ..training.route_values import Reading, expected_losses
 from ..training.schedule import StageSchedule
 from ..training.teacher import RouteTeacher, Teaching
-from .environment import command_line, describe_machine, git_commit
+from .cells import do_cells
+from .environment import command_line, describe_machine
 from .quality_report import draw_all, page, summarise
 from .report import check_out
 
@@ -281,19 +282,14 @@ def do_runs(args, runs: list[Run], folder: Path) -> Iterator[tuple[Run, dict]]:
     """
     made_with = {name: vars(args)[name] for name in SETTINGS} | {"base": Path(args.base).name}
     made_with["targets"] = list(args.targets)
-    for run in runs:
-        path = folder / f"{run.name}.json"
-        if path.is_file():
-            result = json.loads(path.read_text())
-            if result["made_with"] != made_with:
-                raise ValueError(f"{path} was made with {result['made_with']}, not {made_with}: take another --out")
-        else:
-            print(f"{run.name} ...", flush=True)
-            result = search(args, run) if run.method == "search" else trained(args, run, folder)
-            about = {"method": run.method, "target": run.target, "seed": run.seed, "commit": git_commit()}
-            result = about | {"made_with": made_with} | result
-            replace_json(path, result)
-        yield run, result
+
+    def make(run: Run) -> dict:
+        return search(args, run) if run.method == "search" else trained(args, run, folder)
+
+    def about(run: Run) -> dict:
+        return {"method": run.method, "target": run.target, "seed": run.seed}
+
+    return do_cells(runs, folder, made_with, make, about)
 
 
 SETTINGS = ("steps", "batch_size", "adapter_size", "per_family", "searched_routes", "searched_examples")

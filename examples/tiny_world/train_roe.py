@@ -81,27 +81,41 @@ def load(base: Path, adapter_size: int, seed: int):
     return model, RoeLlavaProcessor.from_pretrained(base)
 
 
-def train(model, processor, how: Recipe, args, folder: Path, routes: torch.Tensor | None = None) -> list[dict]:
+def training_arguments(args, folder: Path, **others) -> TrainingArguments:
+    """What all runs over the tiny world share.
+
+    Args:
+        args: with `steps`, `batch_size` and `seed`.
+        others: of `TrainingArguments`, beside these or in their place.
+    """
+    shared = {
+        "output_dir": str(folder),
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch_size,
+        "logging_steps": max(1, args.steps // 20),
+        "save_strategy": "no",
+        "report_to": [],
+        "remove_unused_columns": False,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,  # of the run
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": args.seed,
+    }
+    return TrainingArguments(**(shared | others))
+
+
+def train(
+    model, processor, how: Recipe, args, folder: Path, routes: torch.Tensor | None = None, **others
+) -> list[dict]:
     """One run of the stock Trainer over the tiny world; `routes` pins a route instead of learning one.
 
     Args:
         args: with `steps`, `batch_size` and `seed`.
+        others: of `TrainingArguments`, see `training_arguments`.
     Returns: Trainer's log, its last entry with `train_runtime` in seconds.
     """
     collate = ChatCollator(processor, messages)
-    settings = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
-        logging_steps=max(1, args.steps // 20),
-        save_strategy="no",
-        report_to=[],
-        remove_unused_columns=False,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,  # of the run
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=args.seed,
-    )
+    settings = training_arguments(args, folder, **others)
     trainer = RoeTrainer(
         model,
         schedule=how.schedule,
