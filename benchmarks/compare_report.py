@@ -71,7 +71,7 @@ questions of each of {num_families} families, ± the standard deviation over see
   {moe_outputs:.4f}; rotating routers costs {moe_rotation_costs_points:.1f} points. {evolved}
 - **Rigid routers.** Image and text tokens part by {moe_apart:.2f} in MoE-LLaVA and by {evomoe_apart:.2f} in EvoMoE (0
   alike, 1 disjoint), before any training by {moe_apart_before:.2f} and {evomoe_apart_before:.2f}; the entropy of
-  probabilities is {moe_undecided:.2f} and {evomoe_undecided:.2f} of the largest.
+  probabilities is {moe_undecided:.2f} and {evomoe_undecided:.2f} of the largest.{other_weight}
 
 **A tiny model can show** that all three run on one footing, what each costs in parameters, FLOPs and seconds, and
 whether mechanisms (routers that part modalities, experts that become different, layers that are left out) happen at
@@ -225,8 +225,19 @@ def compared_numbers(result: dict, by_name: dict[str, dict]) -> dict:
             found[f"{short}_{number}"] = values["mean"] if isinstance(values, dict) else values
     for name, short in (("moe_llava", "moe"), ("evomoe", "evomoe")):
         found[f"{short}_apart_before"] = mean(result["untrained_apart"][name])
+    found["other_weight"] = other_weight_text(by_name.get("evomoe_other"))
     found["moe_rotation_costs_points"] = 100 * found["moe_rotation_costs"]
     return found | {"evolved": evolved_text(found)}
+
+
+def other_weight_text(row: dict | None) -> str:
+    """What routers of the control do, if it was run."""
+    if row is None:
+        return ""
+    apart, undecided = (row["experts"][name]["mean"] for name in ("apart", "undecided"))
+    return (
+        f' In "{LABELS["evomoe_other"]}" these are {apart:.2f} and {undecided:.2f} (one seed where others have more).'
+    )
 
 
 def evolved_text(found: dict) -> str:
