@@ -1,5 +1,6 @@
 """The files of a model folder that are not weights: config, processor, tokenizer, code."""
 
+import math
 import shutil
 from collections.abc import Container
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from ..configuration_frontend import STOCK_TYPE, base_type_of
 from ..decoder_roe import LANGUAGE_MODELS
 from .bases import A_BASE, is_base, is_routed, routed_kind
 from .code_files import copy_code
@@ -132,6 +134,13 @@ def processor_defaults(config: dict) -> dict:
             "num_image_tokens": (full.vision_config.image_size // full.vision_config.patch_size) ** 2,
             "vision_feature_select_strategy": full.vision_feature_select_strategy,
             "vision_aspect_ratio": full.vision_aspect_ratio,
+        }
+    if base_type_of(config) != STOCK_TYPE:  # as our imports have it: as many patches of the image as there are tokens
+        per_side = math.isqrt(full.image_seq_length)
+        return {
+            "patch_size": full.vision_config.image_size // per_side,
+            "vision_feature_select_strategy": full.vision_feature_select_strategy,
+            "num_additional_image_tokens": int(full.vision_feature_select_strategy == "default"),
         }
     has_class_token = full.vision_config.model_type == "clip_vision_model"
     return {

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from roe_llava import RoeLlavaForConditionalGeneration, RoeLlavaProcessor
 from roe_llava.cli import main
 from roe_llava.convert.adapter_file import save_adapter
+from roe_llava.convert.folder_files import processor_defaults
 from roe_llava.convert.source import read_json
 from roe_llava.examples.tiny_world.base_model import build_base
 from roe_llava.examples.tiny_world.evaluate import family_examples
@@ -221,3 +222,11 @@ def test_what_stock_llava_alone_can_be_made_of_is_refused(world, tmp_path, capsy
         assert "model_type 'llava_frontend', expected 'llava'" in capsys.readouterr().err
         assert main(["export-reference", str(world / "roe"), str(tmp_path / "published")]) == 2
         assert "config.json" in capsys.readouterr().err
+
+
+def test_a_processor_file_that_leaves_numbers_out_is_completed_from_the_config(world):
+    config = read_json(world / "base" / "config.json")
+    kept = read_json(world / "base" / "processor_config.json")
+    found = processor_defaults(config)
+    assert (56 if config["vision_config"].get("image_size") == 56 else 128) // found["patch_size"] == 4
+    assert found == {name: kept[name] for name in found}

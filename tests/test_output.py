@@ -38,7 +38,7 @@ def test_failure_half_way_leaves_the_old_folder(tmp_path, base, adapter, monkeyp
     out = tmp_path / "out"
     graft(base, adapter, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(graft_module, "write_code", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(graft_module, "write_code", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
         graft(base, adapter, out, overwrite=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
