@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..configuration_frontend import FrontendLlavaConfig
 from ..configuration_moe_llava import ROUTER_TYPES, MoeLlavaConfig
 from ..modeling_moe_llava import LANGUAGE_MODELS
 from ..routers_moe import ROUTERS, RouterLinear
@@ -143,6 +144,7 @@ def read_dense_config(folder: Path) -> dict:
     if kind != "llava":
         reasons = {
             "moe_llava": "this model has experts already",
+            FrontendLlavaConfig.model_type: "experts stand behind stock LLaVA's tower and projector alone, so far",
             "roe_llava": "routing parts belong to the dense layers; take its base, or split it with extract --full",
         }
         reason = reasons.get(kind, "an original LLaVA goes through import-llava first")

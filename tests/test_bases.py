@@ -219,7 +219,8 @@ def test_what_stock_llava_alone_can_be_made_of_is_refused(world, tmp_path, capsy
     is_stock = read_json(world / "base" / "config.json")["model_type"] == "llava"
     assert main(["upcycle", str(world / "base"), str(tmp_path / "moe")]) == (0 if is_stock else 2)
     if not is_stock:
-        assert "model_type 'llava_frontend', expected 'llava'" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "model_type 'llava_frontend', expected 'llava': experts stand behind stock LLaVA's tower" in said
         assert main(["export-reference", str(world / "roe"), str(tmp_path / "published")]) == 2
         assert "config.json" in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from roe_llava import MoeLlavaForConditionalGeneration
 from roe_llava.cli import main
+from roe_llava.convert.graft import graft
 from roe_llava.convert.upcycle import chosen_layers, upcycle
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -150,6 +151,8 @@ def test_what_is_no_dense_llava_is_refused(tmp_path):
         upcycle(tmp_path / "moe", tmp_path / "again")
     with pytest.raises(ValueError, match="model_type 'roe_llava', expected 'llava': routing parts belong to the dense"):
         upcycle(tmp_path / "roe", tmp_path / "again")
+    with pytest.raises(ValueError, match=r"model_type 'moe_llava'.*routing over layers and experts do not go together"):
+        graft(tmp_path / "moe", tmp_path / "roe", tmp_path / "again")
     config = json.loads((base / "config.json").read_text())
     change_json(base / "config.json", text_config=config["text_config"] | {"model_type": "gemma"})
     with pytest.raises(ValueError, match=r"text_config.model_type 'gemma' in .* is not supported, .*'stablelm'"):
