@@ -119,9 +119,9 @@ def test_verify_finds_nothing_wrong(world, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
-@pytest.mark.parametrize("recipe", ["frozen", "full", "lora"])
+@pytest.mark.parametrize("recipe", ["frozen", "full", "lora", "published"])
 def test_train_makes_a_model_of_the_base(world, tmp_path, recipe):
-    options = {"adapter_size": 4, "max_steps": 6, "logging_steps": 1}
+    options = {"adapter_size": 4, "max_steps": 200 if recipe == "published" else 6, "logging_steps": 1}
     assert main(["train", *words(recipe, world / "base", world / "data.json", tmp_path / "run", **options)]) == 0
     trained = tmp_path / "run" / "model"
     if recipe == "frozen":
@@ -146,6 +146,25 @@ def test_a_row_alone_equals_the_row_in_a_batch_cached_or_not(world, no_gradients
     for row in range(2):
         alone = {name: value[row : row + 1] for name, value in inputs.items()}
         torch.testing.assert_close(model(**alone, routes=routes[row]).logits[0, -1], whole[row], atol=1e-5, rtol=0)
+
+
+def test_beams_and_groups_equal_each_prompt_alone(world, no_gradients):
+    model = RoeLlavaForConditionalGeneration.from_pretrained(world / "roe").float().eval()
+    inputs = asked(RoeLlavaProcessor.from_pretrained(world / "roe", trust_remote_code=False))
+    prompts = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(2)]
+    for beams in (1, 3):
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": beams}
+        together = model.generate(**inputs, **options)[:, -4:]
+        alone = torch.cat([model.generate(**prompt, **options)[:, -4:] for prompt in prompts])
+        assert torch.equal(together, alone)
+        if beams == 1:
+            padded = [int((prompt["attention_mask"] == 0).sum()) for prompt in prompts]
+            prompts = [
+                {name: value[:, skipped:] if value.dim() == 2 else value for name, value in prompt.items()}
+                for skipped, prompt in zip(padded, prompts, strict=True)
+            ]
+            grouped = model.group_by_route(prompts, batch_size=2, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+            assert [one[-4:].tolist() for one in grouped] == alone.tolist()
 
 
 def test_the_processor_s_segments_are_the_default_ones(world, no_gradients):

@@ -19,8 +19,11 @@ import roe_llava
 from roe_llava import RoeLlavaForConditionalGeneration, RoeLlavaProcessor
 from roe_llava.cli import main
 from roe_llava.examples.tiny_world import asking
+from roe_llava.examples.tiny_world.base_model import build_base
 from roe_llava.examples.tiny_world.demo import SHIPPED
 from roe_llava.examples.tiny_world.evaluate import family_examples
+from roe_llava.examples.tiny_world.processor import build_processor
+from roe_llava.examples.tiny_world.train_base import save_base
 from roe_llava.serving.serve import model_class
 
 openai = pytest.importorskip("openai", reason="pip install roe-llava[serve] (make test does)")
@@ -95,8 +98,31 @@ def message(example):
     return [{"role": "user", "content": [picture, {"type": "text", "text": example["turns"][-1][0]}]}]
 
 
+@pytest.fixture(scope="module", params=["llava_hr", "vila"])
+def other_base(request, tmp_path_factory):
+    """A RoE model of random weights on a base with a front-end of ours."""
+    folder, processor = tmp_path_factory.mktemp(request.param), build_processor(request.param)
+    base = build_base(processor, num_layers=3, hidden_size=128, front_end=request.param)
+    save_base(base, processor, folder / "base")
+    model = RoeLlavaForConditionalGeneration.from_pretrained(folder / "base", adapter_size=4, dtype=torch.float32)
+    model.config.route_bias = [0.0, -50.0, 0.0]  # layer 1 is skipped
+    model.save_pretrained(folder / "roe")
+    RoeLlavaProcessor.from_pretrained(folder / "base").save_pretrained(folder / "roe")
+    return folder / "roe"
+
+
 def client(address):
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def test_a_base_with_a_front_end_of_ours_is_served(server, other_base, examples):
+    model = RoeLlavaForConditionalGeneration.from_pretrained(other_base, dtype=torch.float32).eval()
+    processor = RoeLlavaProcessor.from_pretrained(other_base, trust_remote_code=False)
+    texts, routes = asking.ask(model, processor, examples[:1])
+    assert not routes[:, 1].any()
+    asked = client(server[1]).chat.completions
+    answer = asked.create(model=str(other_base), messages=message(examples[0]), temperature=0, max_tokens=24)
+    assert answer.choices[0].message.content.strip() == texts[0]
 
 
 def test_picture_questions_are_answered_as_generate_answers(server, shipped_roe, examples, expected):
