@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,14 +52,14 @@ def wait_until_ready(server, address, log):
     raise TimeoutError(log.read_text())
 
 
-@pytest.fixture(scope="module")
-def server(shipped_roe, tmp_path_factory):
+@contextmanager
+def running(checkpoint, folder):
     """A running server: its process, address and log."""
-    folder, port = tmp_path_factory.mktemp("serve"), free_port()
+    port = free_port()
     log, environment = folder / "log", os.environ | {"PYTHONPATH": str(PACKAGE_PARENT), "OMP_NUM_THREADS": "1"}
     words = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     with log.open("w") as file:
-        command = [sys.executable, "-m", "roe_llava", "serve", str(shipped_roe), *words]
+        command = [sys.executable, "-m", "roe_llava", "serve", str(checkpoint), *words]
         process = subprocess.Popen(
             command,
             cwd=folder,
@@ -76,6 +77,12 @@ def server(shipped_roe, tmp_path_factory):
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(shipped_roe, tmp_path_factory):
+    with running(shipped_roe, tmp_path_factory.mktemp("serve")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +122,14 @@ def client(address):
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
 
 
-def test_a_base_with_a_front_end_of_ours_is_served(server, other_base, examples):
+def test_a_base_with_a_front_end_of_ours_is_served(other_base, examples, tmp_path):
     model = RoeLlavaForConditionalGeneration.from_pretrained(other_base, dtype=torch.float32).eval()
     processor = RoeLlavaProcessor.from_pretrained(other_base, trust_remote_code=False)
     texts, routes = asking.ask(model, processor, examples[:1])
     assert not routes[:, 1].any()
-    asked = client(server[1]).chat.completions
-    answer = asked.create(model=str(other_base), messages=message(examples[0]), temperature=0, max_tokens=24)
+    with running(other_base, tmp_path) as (_, address, _):
+        asked = client(address).chat.completions
+        answer = asked.create(model=str(other_base), messages=message(examples[0]), temperature=0, max_tokens=24)
     assert answer.choices[0].message.content.strip() == texts[0]
 
 
