@@ -14,14 +14,14 @@ from .arguments import add_common_arguments, common_options
 from .code_files import write_frontend_code
 from .completeness import check_complete
 from .hr_layout import FAST, check_adapters, published_name, rename_hr, vision_config
-from .made_tensors import numbered, stream_files
+from .made_tensors import numbered
 from .original_config import DTYPES, check_sizes, llava_config, read_flat_config, text_config
 from .original_import import (
     Plan,
     add_import_arguments,
+    carry_out,
     pad_vocabulary,
     provenance,
-    summary_of,
     write_companions,
 )
 from .original_layout import check_tied
@@ -33,8 +33,7 @@ from .original_processor import (
     open_tokenizer,
 )
 from .original_vision import Tower, check_tower_sizes, find_tower
-from .output import check_apart, check_target, new_folder
-from .routing_parts import byte_progress
+from .output import check_apart, check_target
 from .source import Source, blamed_on, resolve_source
 from .summary import Summary
 from .weights import StoredTensors, open_checkpoint
@@ -70,17 +69,12 @@ def import_llava_hr(
     where = resolve_source(source, revision)
     check_apart(out, where.folder)
     plan = plan_import(where, vision_tower)
-    check_apart(out, plan.tower.folder)
-    num_bytes = sum(file.num_bytes for file in plan.files.values())
-    if dry_run:
-        with byte_progress(num_bytes, "checking") as progress:
-            stream_files(plan.files, None, progress)
-    else:
-        with new_folder(out, overwrite) as folder, byte_progress(num_bytes, "importing") as progress:
-            stream_files(plan.files, folder, progress)
-            write_companions(plan, folder, routed=False)
-            write_frontend_code(folder)
-    summary = summary_of(plan, out, not dry_run)
+
+    def write_rest(folder: Path) -> None:
+        write_companions(plan, folder, routed=False)
+        write_frontend_code(folder)
+
+    summary = carry_out(plan, out, write_rest, overwrite=overwrite, dry_run=dry_run)
     vision = FrontendLlavaConfig.from_dict(plan.config).vision_config
     summary.lines |= {
         "images": f"{vision.image_size} pixels, {vision.fast_grid**2} tokens each",

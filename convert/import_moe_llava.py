@@ -10,24 +10,23 @@ from ..configuration_moe_llava import MoeLlavaConfig
 from .arguments import add_common_arguments, common_options
 from .completeness import check_complete
 from .kinds import MOE
-from .made_tensors import numbered, stream_files
+from .made_tensors import numbered
 from .moe_config import is_dense, moe_fields, moe_llava_config, notes, published_text_config, read_published_config
 from .moe_layout import INSIDE, rename_published
 from .original_config import DTYPES, check_sizes, llava_config
 from .original_import import (
     Plan,
     add_import_arguments,
+    carry_out,
     pad_vocabulary,
     plan_processor,
     provenance,
-    summary_of,
     write_companions,
 )
 from .original_layout import Layout, check_tied
 from .original_processor import add_special_tokens, generation_settings, open_tokenizer
 from .original_vision import Tower, check_tower_sizes, find_tower, tower_names
-from .output import check_apart, check_target, new_folder
-from .routing_parts import byte_progress
+from .output import check_apart, check_target
 from .source import Source, blamed_on, resolve_source
 from .summary import Summary
 from .weights import Checkpoint, StoredTensors, open_checkpoint
@@ -60,18 +59,13 @@ def import_moe_llava(
     check_apart(out, where.folder)
     flat = read_published_config(where.folder)
     plan = plan_import(where, flat, vision_tower)
-    check_apart(out, plan.tower.folder)
-    num_bytes = sum(file.num_bytes for file in plan.files.values())
-    if dry_run:
-        with byte_progress(num_bytes, "checking") as progress:
-            stream_files(plan.files, None, progress)
-    else:
-        with new_folder(out, overwrite) as folder, byte_progress(num_bytes, "importing") as progress:
-            stream_files(plan.files, folder, progress)
-            write_companions(plan, folder, routed=False)
-            if not is_dense(flat):
-                MOE.write_code(folder)
-    summary = summary_of(plan, out, not dry_run)
+
+    def write_rest(folder: Path) -> None:
+        write_companions(plan, folder, routed=False)
+        if not is_dense(flat):
+            MOE.write_code(folder)
+
+    summary = carry_out(plan, out, write_rest, overwrite=overwrite, dry_run=dry_run)
     summary.lines |= notes(flat)
     return summary
 

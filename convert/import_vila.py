@@ -9,22 +9,21 @@ from pathlib import Path
 from .arguments import add_common_arguments, common_options
 from .code_files import write_frontend_code
 from .completeness import check_complete
-from .made_tensors import numbered, stream_files
+from .made_tensors import numbered
 from .original_config import DTYPES, check_sizes, text_config
 from .original_import import (
     Plan,
     add_import_arguments,
     add_tower,
+    carry_out,
     pad_vocabulary,
     provenance,
-    summary_of,
     write_companions,
 )
 from .original_layout import Layout, check_tied, describe_buffers
 from .original_processor import add_special_tokens, generation_settings, open_tokenizer
 from .original_vision import INSIDE, Tower, check_tower_sizes, find_tower
-from .output import check_apart, check_target, new_folder
-from .routing_parts import byte_progress
+from .output import check_apart, check_target
 from .source import Source, blamed_on, read_json, resolve_source
 from .summary import Summary
 from .vila_config import PARTS, TOWER_PART, VilaConfig, read_vila_config, vila_config
@@ -60,18 +59,13 @@ def import_vila(
     config = read_vila_config(where.folder)
     check_apart(out, where.folder, *(where.folder / part for part in PARTS if config.split))
     plan, lines = plan_import(where, config, vision_tower)
-    check_apart(out, plan.tower.folder)
-    num_bytes = sum(file.num_bytes for file in plan.files.values())
-    if dry_run:
-        with byte_progress(num_bytes, "checking") as progress:
-            stream_files(plan.files, None, progress)
-    else:
-        with new_folder(out, overwrite) as folder, byte_progress(num_bytes, "importing") as progress:
-            stream_files(plan.files, folder, progress)
-            write_companions(plan, folder, routed=False)
-            if "auto_map" in plan.config:
-                write_frontend_code(folder)
-    summary = summary_of(plan, out, not dry_run)
+
+    def write_rest(folder: Path) -> None:
+        write_companions(plan, folder, routed=False)
+        if "auto_map" in plan.config:
+            write_frontend_code(folder)
+
+    summary = carry_out(plan, out, write_rest, overwrite=overwrite, dry_run=dry_run)
     summary.kept_bytes -= sum(plan.layout.all_tensors()[name].num_bytes for name in made_anew(config))
     summary.lines |= lines
     return summary

@@ -1,5 +1,6 @@
 """What import-llava and import-reference share: the original LLaVA layout becomes a folder in llava-hf layout."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +99,19 @@ def import_original(
     where = resolve_source(source, revision)
     check_apart(out, where.folder)
     plan = plan_import(where, routed, vision_tower)
+
+    def write_rest(folder: Path) -> None:
+        write_companions(plan, folder, routed)
+
+    return carry_out(plan, out, write_rest, overwrite=overwrite, dry_run=dry_run)
+
+
+def carry_out(plan: Plan, out: Path, write_rest: Callable[[Path], None], *, overwrite: bool, dry_run: bool) -> Summary:
+    """Write the folder of a plan, whole or not at all: weights as a stream, then what `write_rest` puts beside them.
+
+    Args:
+        dry_run: read all weights and write nothing.
+    """
     check_apart(out, plan.tower.folder)
     num_bytes = sum(file.num_bytes for file in plan.files.values())
     if dry_run:
@@ -106,7 +120,7 @@ def import_original(
     else:
         with new_folder(out, overwrite) as folder, byte_progress(num_bytes, "importing") as progress:
             stream_files(plan.files, folder, progress)
-            write_companions(plan, folder, routed)
+            write_rest(folder)
     return summary_of(plan, out, not dry_run)
 
 
