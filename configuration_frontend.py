@@ -49,7 +49,6 @@ class FrontendLlavaConfig(LlavaConfig):
 
 # What a base may be: what routing parts are grafted onto, and what is left when they are taken off.
 BASE_TYPES = (STOCK_TYPE, FrontendLlavaConfig.model_type)
-A_BASE = " or ".join(map(repr, BASE_TYPES))  # in errors
 
 
 def own_vision_config(vision_config):
@@ -75,4 +74,4 @@ def base_type_of(config: dict) -> str:
     return STOCK_TYPE if is_stock else FrontendLlavaConfig.model_type
 
 
-__all__ = ["A_BASE", "BASE_TYPES", "FrontendLlavaConfig", "base_type_of", "check_projector_type", "own_vision_config"]
+__all__ = ["BASE_TYPES", "FrontendLlavaConfig", "base_type_of", "check_projector_type", "own_vision_config"]

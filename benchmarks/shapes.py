@@ -15,8 +15,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration_roe import RoeLlavaConfig
+from ..convert.bases import refuse_other_bases
 from ..convert.folder_files import read_base_config
-from ..convert.source import resolve_source
+from ..convert.source import read_json, resolve_source
 from ..convert.verify_prompts import stock_twin
 from ..examples.tiny_world.demo import SHIPPED, check_parts
 from ..grafting_roe import no_warning_of_missing_parts
@@ -184,6 +185,7 @@ def folder_subject(base: str, adapter: str | None, device: torch.device, dtype: 
     Raises: ValueError if it is no base, or the adapter is not one of its sizes.
     """
     folder = resolve_source(base).folder
+    refuse_other_bases(read_json(folder / "config.json").get("model_type"), folder, "bench --base")
     read_base_config(folder)
     if adapter is None:
         with no_warning_of_missing_parts():

@@ -250,3 +250,11 @@ def test_a_processor_file_that_leaves_numbers_out_is_completed_from_the_config(w
     found = processor_defaults(config)
     assert (56 if config["vision_config"].get("image_size") == 56 else 128) // found["patch_size"] == 4
     assert found == {name: kept[name] for name in found}
+
+
+@pytest.mark.parametrize("model_type", ["llava_next", "llava_onevision", "vipllava"])
+def test_bench_refuses_other_bases(tmp_path, capsys, model_type):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert main(["bench", "--base", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 2
+    said = capsys.readouterr().err
+    assert f"model_type '{model_type}', and bench --base does not support that base yet" in said
