@@ -29,6 +29,9 @@ _WHERE = {
     "MoeLlavaConfig": "configuration_moe_llava",
     "MoeLlavaForConditionalGeneration": "modeling_moe_llava",
     "MoeLlavaModel": "modeling_moe_llava",
+    "RoeMoeLlavaConfig": "configuration_roe_moe",
+    "RoeMoeLlavaForConditionalGeneration": "modeling_roe_moe",
+    "RoeMoeLlavaModel": "modeling_roe_moe",
 }
 
 

@@ -4,12 +4,13 @@ B batch, S sequence, N = B * S tokens, E experts, K experts per token, L decoder
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configuration_moe_llava import MoeLlavaConfig
 
@@ -104,6 +105,67 @@ def uniform_draws(logits: Tensor) -> Tensor:
     return torch.rand_like(logits)
 
 
+class Tokens:
+    """What is known of the tokens that a layer reads: N of them, in b rows of s.
+
+    Args:
+        shape: (b, s).
+        real: (b, s) bool, tokens that are no padding; `None`: all of them, or padding counts.
+        is_image: (b, s) bool, tokens that stand for parts of an image; `None` where no router asks.
+        rows: (b,) int64, the rows of the batch that they are; `None` for all.
+        num_added: tokens at the end of each row that the batch does not have. They are text, enter no loss, take no
+            capacity, and nothing is told of them.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        real: Tensor | None,
+        is_image: Tensor | None,
+        rows: Tensor | None = None,
+        num_added: int = 0,
+    ):
+        self.shape, self.real, self.is_image, self.rows, self.num_added = shape, real, is_image, rows, num_added
+        self._flat, self._numbers = None if is_image is None else is_image.flatten(), (None, None)
+        # Counted once. How many there are is not known to a compiled graph: there every token does both.
+        if is_image is not None and not torch.compiler.is_compiling():
+            self._numbers = self._flat.nonzero()[:, 0], (~self._flat).nonzero()[:, 0]
+
+    def of_rows(self, rows: Tensor | None, num_added: int) -> "Tokens":
+        """Those of some of the rows, on the device of `rows`, with others added behind."""
+
+        def taken(known: Tensor | None) -> Tensor | None:
+            if known is None:
+                return None
+            return nn.functional.pad(known if rows is None else known.to(rows.device)[rows], (0, num_added))
+
+        size, length = self.shape if rows is None else (len(rows), self.shape[1])
+        real = taken(self.real)
+        if real is None and num_added:  # those that are added are to be told apart
+            real = nn.functional.pad(torch.ones(size, length, dtype=torch.bool), (0, num_added))
+        return Tokens((size, length + num_added), real, taken(self.is_image), rows, num_added)
+
+    def counted(self, padding: bool) -> Tensor | None:
+        """(N,) bool: tokens that count, where padding does or does not; `None` for all."""
+        if self.real is None or (padding and not self.num_added):
+            return None
+        if not padding:
+            return self.real.flatten()
+        length = torch.arange(self.shape[1], device=self.real.device) < self.shape[1] - self.num_added
+        return length.repeat(self.shape[0])
+
+    def images(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(N,) bool, image tokens; int64 numbers of these and of all others, if counted. On a layer's device."""
+        return tuple(None if one is None else one.to(device) for one in (self._flat, *self._numbers))
+
+    def of_batch(self, found: Tensor, batch_size: int, nothing: float) -> Tensor:
+        """What was found (N, X) as (B, S, X), for the batch's tokens; `nothing` in rows that are not among these."""
+        found = found.unflatten(0, self.shape)[:, : self.shape[1] - self.num_added]
+        if self.rows is None:
+            return found
+        return found.new_full((batch_size, *found.shape[1:]), nothing).index_copy(0, self.rows.to(found.device), found)
+
+
 class ExpertRouting:
     """What one forward pass knows of its tokens, and what its layers decided; handed to them as a keyword.
 
@@ -112,20 +174,12 @@ class ExpertRouting:
     Args:
         config: of the model; read at every pass.
         training: whether the model is in training mode.
-        real: (B, S) bool, tokens that are no padding; `None`: all of them, or padding counts.
-        is_image: (B, S) bool, tokens that stand for parts of an image; `None` where no router asks.
+        tokens: of the batch.
         single_expert: the one that all tokens go through; `None`: routers decide.
     Raises: ValueError if there is no such expert.
     """
 
-    def __init__(
-        self,
-        config: MoeLlavaConfig,
-        training: bool,
-        real: Tensor | None,
-        is_image: Tensor | None,
-        single_expert: int | None = None,
-    ):
+    def __init__(self, config: MoeLlavaConfig, training: bool, tokens: Tokens, single_expert: int | None = None):
         if single_expert is not None and (
             type(single_expert) is not int or not 0 <= single_expert < config.num_experts
         ):
@@ -133,25 +187,25 @@ class ExpertRouting:
                 f"single_expert must be an integer in [0, {config.num_experts}), or None for routers to decide, got "
                 f"{single_expert!r}"
             )
-        self.config, self.training, self.real, self.single_expert = config, training, real, single_expert
-        self._is_image, self._rows = None if is_image is None else is_image.flatten(), (None, None)
-        # Counted once per pass. How many there are is not known to a compiled graph: there every token does both.
-        if is_image is not None and not torch.compiler.is_compiling():
-            self._rows = self._is_image.nonzero()[:, 0], (~self._is_image).nonzero()[:, 0]
-        num_layers = config.text_config.num_hidden_layers
+        self.config, self.training, self.tokens, self.single_expert = config, training, tokens, single_expert
         # By layer, written and never appended: under gradient checkpointing a layer runs twice.
-        self.logits: list[Tensor | None] = [None] * num_layers
-        self.choices: list[Choice | None] = [None] * num_layers
+        self.logits: dict[int, Tensor] = {}
+        self.choices: dict[int, Choice] = {}
+        self.read: dict[int, Tokens] = {}
 
-    def image_tokens(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(N,) bool, image tokens; int64 numbers of these and of all others, if counted. On a layer's device."""
-        return tuple(None if one is None else one.to(device) for one in (self._is_image, *self._rows))
+    def of_rows(self, rows: Tensor | None, num_added: int) -> "ExpertRouting":
+        """The same pass for a layer that reads other tokens than the batch has (see `Tokens`).
 
-    def counted(self, logits: Tensor) -> Tensor:
+        What that layer decides is written down here too.
+        """
+        part = copy.copy(self)
+        part.tokens = self.tokens.of_rows(rows, num_added)
+        return part
+
+    def counted(self, logits: Tensor, tokens: Tokens) -> Tensor:
         """(N,) bool: tokens that enter the loss and take capacity."""
-        if self.real is None or self.config.count_padding:
-            return torch.ones_like(logits[:, 0], dtype=torch.bool)
-        return self.real.flatten().to(logits.device)
+        counted = tokens.counted(padding=self.config.count_padding)
+        return torch.ones_like(logits[:, 0], dtype=torch.bool) if counted is None else counted.to(logits.device)
 
     def choose(self, logits: Tensor, layer_idx: int) -> Choice:
         """The experts of a layer's tokens, written down under its number."""
@@ -164,12 +218,13 @@ class ExpertRouting:
             kept = self.seated(logits.detach(), experts)
         weights = expert_weights(logits, experts, kept, config.normalizes_weights())
         self.logits[layer_idx], self.choices[layer_idx] = logits, Choice(experts, weights, kept)
+        self.read[layer_idx] = self.tokens
         return self.choices[layer_idx]
 
     def seated(self, logits: Tensor, experts: Tensor) -> Tensor:
         """(N, K) bool: the choices that are within capacity."""
         config, (num_experts, num_chosen) = self.config, (logits.shape[1], experts.shape[1])
-        counted = self.counted(logits)
+        counted = self.counted(logits, self.tokens)
         factor, least = config.expert_capacity_factor, config.min_expert_capacity
         capacity = expert_capacity(counted.sum(), num_experts, num_chosen, factor, least)
         if num_chosen == 1:
@@ -177,22 +232,33 @@ class ExpertRouting:
         return kept_in_order(experts, counted, num_experts, capacity)
 
     def aux_loss(self, device: torch.device) -> Tensor:
-        """() load balancing loss, summed over layers."""
-        pairs = [(one, made) for one, made in zip(self.logits, self.choices, strict=True) if one is not None]
-        if not pairs:  # a single expert: nothing was chosen
-            return torch.zeros((), device=device)
-        losses = [load_balancing_loss(one, made.experts[:, 0], self.counted(one)) for one, made in pairs]
-        return torch.stack([loss.to(device) for loss in losses]).sum()
+        """() load balancing loss, summed over the layers that chose."""
+        losses = [
+            load_balancing_loss(one, self.choices[layer].experts[:, 0], self.counted(one, self.read[layer])).to(device)
+            for layer, one in sorted(self.logits.items())
+        ]
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=device)  # a single expert: no choice
 
-    def by_row(self, batch_size: int) -> dict[str, tuple[Tensor, ...]]:
-        """Logits (B, S, E), experts and weights (B, S, K) of every layer with experts, as the outputs name them."""
-        choices = [choice for choice in self.choices if choice is not None]
+    def by_row(self, device: torch.device) -> dict[str, tuple[Tensor, ...]]:
+        """Logits (B, S, E), experts and weights (B, S, K) of every layer with experts, as the outputs name them.
+
+        In rows that did not run a layer they are NaN, -1 and 0; `device` is for layers that no row ran.
+        """
+        if self.single_expert is not None:
+            return {"router_logits": (), "expert_indices": (), "expert_weights": ()}
+        config, choices = self.config, self.choices
         found = {
-            "router_logits": [logits for logits in self.logits if logits is not None],
-            "expert_indices": [choice.experts for choice in choices],
-            "expert_weights": [choice.weights for choice in choices],
+            "router_logits": (self.logits, config.num_experts, torch.nan),
+            "expert_indices": ({layer: one.experts for layer, one in choices.items()}, config.num_experts_per_tok, -1),
+            "expert_weights": ({layer: one.weights for layer, one in choices.items()}, config.num_experts_per_tok, 0.0),
         }
-        return {name: tuple(one.unflatten(0, (batch_size, -1)) for one in many) for name, many in found.items()}
+
+        def of_layer(layer: int, by_layer: dict[int, Tensor], width: int, nothing: float) -> Tensor:
+            if layer in by_layer:
+                return self.read[layer].of_batch(by_layer[layer], self.tokens.shape[0], nothing)
+            return torch.full((*self.tokens.shape, width), nothing, device=device)
+
+        return {name: tuple(of_layer(i, *one) for i in config.expert_layers()) for name, one in found.items()}
 
 
 _CURRENT: ContextVar[ExpertRouting | None] = ContextVar("expert_routing", default=None)
@@ -216,4 +282,12 @@ def current_routing() -> ExpertRouting:
     return routing
 
 
-__all__ = ["Choice", "ExpertRouting", "current_routing", "load_balancing_loss", "routing_of_layer", "top_experts"]
+__all__ = [
+    "Choice",
+    "ExpertRouting",
+    "Tokens",
+    "current_routing",
+    "load_balancing_loss",
+    "routing_of_layer",
+    "top_experts",
+]

@@ -100,7 +100,7 @@ class MoeLlavaConfig(LlavaConfig):
         self._check_integers()
         self._check_choices()
         if self.moe_layers is not None:
-            self.moe_layers = self._checked_layers()
+            self.moe_layers = self._checked_expert_layers()
         factor = self.expert_capacity_factor
         if factor is not None and not (type(factor) in (int, float) and math.isfinite(factor) and factor > 0):
             raise ValueError(f"expert_capacity_factor must be a number above 0 or None, got {factor!r}")
@@ -149,7 +149,7 @@ class MoeLlavaConfig(LlavaConfig):
             if not any(getattr(self, name) is value for value in allowed):
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
 
-    def _checked_layers(self) -> list[int]:
+    def _checked_expert_layers(self) -> list[int]:
         layers, num_layers = self.moe_layers, self.text_config.num_hidden_layers
         is_list = isinstance(layers, list | tuple) and len(layers) > 0
         wrong = [one for one in layers if type(one) is not int or not 0 <= one < num_layers] if is_list else [layers]

@@ -30,13 +30,20 @@ class RoeDecoderLayer(GradientCheckpointingLayer):
     """Put in front of a stock decoder layer's class: adds a router and an adapter, and runs the layer where it is kept.
 
     Equals the stock layer while every row keeps it. `forward` takes one keyword more, `routing`. A layer that a baked
-    model skips (`is_skipped`) has nothing but the norm and the adapter.
+    model skips (`is_skipped`) has nothing but the norm and the adapter. `others` are for the class behind.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, layer_idx: int, adapter_size: int, is_routed: bool, is_skipped: bool = False
+        self,
+        config: PreTrainedConfig,
+        layer_idx: int,
+        *,
+        adapter_size: int,
+        is_routed: bool,
+        is_skipped: bool = False,
+        **others,
     ):
-        super().__init__(config, layer_idx)
+        super().__init__(config, layer_idx, **others)
         self.layer_idx = layer_idx
         self.self_attn.config = RoutedAttentionConfig(config)
         self.router = RoeRouter(config.hidden_size) if is_routed else None
@@ -145,21 +152,23 @@ class RoeLanguageModel(RefusesFlashAttention):
 
     decoder_layer_class: type[RoeDecoderLayer]
 
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        adapter_size: int,
-        routed_layers: list[int] | None = None,
-        skipped_layers: list[int] | None = None,
-    ):
-        super().__init__(config)
-        skipped = skipped_layers or []
-        for layer in range(config.num_hidden_layers):
-            is_routed = routed_layers is None or layer in routed_layers
-            self.layers[layer] = self.decoder_layer_class(config, layer, adapter_size, is_routed, layer in skipped)
+    def __init__(self, config: PreTrainedConfig):
+        """`config` is that of the whole model."""
+        super().__init__(config.text_config)
+        for layer in range(config.text_config.num_hidden_layers):
+            options = self.layer_options(config, layer)
+            self.layers[layer] = self.decoder_layer_class(config.text_config, layer, **options)
         # A module, so that device maps and PEFT see it; no router of a baked model reads them.
-        self.routing_tokens = nn.Embedding(2, config.hidden_size) if skipped_layers is None else None
+        is_baked = config.skipped_layers is not None
+        self.routing_tokens = None if is_baked else nn.Embedding(2, config.text_config.hidden_size)
         self.post_init()
+
+    @staticmethod
+    def layer_options(config: PreTrainedConfig, layer: int) -> dict:
+        """What a layer is made with, beside its number."""
+        is_routed = config.routed_layers is None or layer in config.routed_layers
+        is_skipped = layer in (config.skipped_layers or [])
+        return {"adapter_size": config.adapter_size, "is_routed": is_routed, "is_skipped": is_skipped}
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -225,19 +234,19 @@ class RoeQwen2Model(RoeLanguageModel, Qwen2Model):
 LANGUAGE_MODELS = {"llama": RoeLlamaModel, "mistral": RoeMistralModel, "qwen2": RoeQwen2Model}
 
 
-def build_language_model(config: PreTrainedConfig) -> RoeLanguageModel:
-    """The routed language model of a RoE-LLaVA configuration.
+def build_language_model(config: PreTrainedConfig, classes: dict[str, type[RoeLanguageModel]]) -> RoeLanguageModel:
+    """The routed language model of a configuration.
 
-    Raises: ValueError if its decoder is not one of `LANGUAGE_MODELS`.
+    Args:
+        classes: by the decoder's `model_type`.
+    Raises: ValueError if its decoder is not one of them.
     """
     model_type = config.text_config.model_type
-    if model_type not in LANGUAGE_MODELS:
+    if model_type not in classes:
         raise ValueError(
-            f"text_config.model_type {model_type!r} is not supported, routed decoders are {sorted(LANGUAGE_MODELS)}"
+            f"text_config.model_type {model_type!r} is not supported, routed decoders are {sorted(classes)}"
         )
-    return LANGUAGE_MODELS[model_type](
-        config.text_config, config.adapter_size, config.routed_layers, config.skipped_layers
-    )
+    return classes[model_type](config)
 
 
 __all__ = ["LANGUAGE_MODELS", "RoeDecoderLayer", "RoeLanguageModel", "build_language_model"]

@@ -37,7 +37,7 @@ from .baked_roe import refuse_baked
 from .configuration_frontend import FrontendLlavaConfig
 from .configuration_roe import BAKED_FIELDS, ROUTING_FIELDS
 from .identity_roe import difference, record_name, signatures_of, tensor_kind
-from .loading_roe import RoeLoadingMixin, source_config, stock_class
+from .loading_roe import RoeLoadingMixin, base_class, source_config
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 WRITE_A_FOLDER = "write the model into a folder (roe-llava graft BASE ADAPTER OUT) and load that with the same options"
@@ -273,7 +273,7 @@ def check_loaded_base(base, cls) -> None:
 
 def base_class_names(cls) -> list[str]:
     """Names of the classes a RoE class builds on: by name, as remote code makes classes anew."""
-    names = [stock_class(cls).__name__]
+    names = [base_class(cls).__name__]
     if FrontendLlavaConfig.model_type in cls.config_class.base_types:
         names.append("FrontendLlavaForConditionalGeneration")
     return names
@@ -410,6 +410,7 @@ def routed_config(cls, config, routing_fields: dict):
     # Copied as objects: attention implementations are not in the dict.
     routed.text_config, routed.vision_config = copy.deepcopy((config.text_config, config.vision_config))
     routed._attn_implementation_internal = config._attn_implementation
+    routed._experts_implementation_internal = config._experts_implementation
     routed._name_or_path = config._name_or_path
     routed._commit_hash = getattr(config, "_commit_hash", None)
     return routed

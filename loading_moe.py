@@ -39,12 +39,7 @@ class MoeLoadingMixin(HubMixin):
             allow_untrained: initialise missing routers (not experts), to start training from there.
         Raises: ValueError naming the missing tensors, or an option that experts do not work with.
         """
-        for name in PARALLEL:
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name}={kwargs[name]!r} is not supported: the decoders' plans for tensor parallelism know dense "
-                    "MLPs alone. Leave it out; device_map places whole layers"
-                )
+        refuse_parallel(kwargs)
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         if [name for name in missing if not (allow_untrained and ".mlp.router." in name)]:
@@ -59,6 +54,16 @@ class MoeLoadingMixin(HubMixin):
             {within_layer(name) for name in some if is_moe_parameter(name)} for some in (self.state_dict(), names)
         )
         return expected - found
+
+
+def refuse_parallel(kwargs: dict) -> None:
+    """Raises: ValueError for an option of `from_pretrained` that splits layers."""
+    for name in PARALLEL:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name}={kwargs[name]!r} is not supported: the decoders' plans for tensor parallelism know dense "
+                "MLPs alone. Leave it out; device_map places whole layers"
+            )
 
 
 def is_moe_parameter(name: str) -> bool:
@@ -92,4 +97,4 @@ def register_moe_names(head: type, base: type) -> None:
         register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping(stock), overwrite=True)
 
 
-__all__ = ["AUTO_MAP", "MoeLoadingMixin", "is_moe_parameter", "register_moe_names"]
+__all__ = ["AUTO_MAP", "MoeLoadingMixin", "is_moe_parameter", "refuse_parallel", "register_moe_names"]

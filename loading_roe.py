@@ -21,8 +21,9 @@ def auto_map(config: str, model: str) -> dict[str, str]:
 
 AUTO_MAP = auto_map("configuration_roe.RoeLlavaConfig", "modeling_roe_llava.RoeLlavaForConditionalGeneration")
 
-# Parts RoE adds to the base, by the part of a parameter's name they are known by.
+# Parts RoE adds to the base, by the part of a parameter's name they are known by; experts have routers in their MLPs.
 ROE_PARTS = (".router.", ".adapter.", ".routing_tokens.")
+OF_EXPERTS = ".mlp.router."
 
 
 class RoeLoadingMixin(HubMixin):
@@ -30,9 +31,11 @@ class RoeLoadingMixin(HubMixin):
 
     Attributes:
         code_map: the `auto_map` of its folders.
+        class_of_base: the class of ours that a base of it is loaded with; `None` where that is a stock one.
     """
 
     code_map: dict[str, str]
+    class_of_base: type | None = None
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in Transformers; the folder also gets the code that `trust_remote_code=True` loads."""
@@ -126,7 +129,7 @@ def source_config(source, kwargs: dict) -> dict:
 
 def is_roe_parameter(name: str) -> bool:
     """Whether a parameter (in memory or on disk) is one of those RoE adds to the base."""
-    return any(part in name for part in ROE_PARTS)
+    return any(part in name for part in ROE_PARTS) and OF_EXPERTS not in name
 
 
 def routing_notice(model) -> str:
@@ -162,6 +165,11 @@ def stock_class(cls: type) -> type:
     return next(one for one in cls.__mro__ if one.__module__.startswith("transformers.models."))
 
 
+def base_class(cls: type) -> type:
+    """The class of the base that a routed class puts its parts onto."""
+    return cls.class_of_base or stock_class(cls)
+
+
 def register_names(head: type, base: type) -> None:
     """Tell Transformers how stock checkpoints name their weights, which custom classes do not inherit."""
     for cls, source in ((head, stock_class(head).config_class.model_type), (base, stock_class(base).__name__)):
@@ -174,6 +182,7 @@ __all__ = [
     "RefusesFlashAttention",
     "RoeLoadingMixin",
     "auto_map",
+    "base_class",
     "is_roe_parameter",
     "register_names",
     "source_config",

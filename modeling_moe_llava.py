@@ -4,7 +4,8 @@ In chosen decoder layers the MLP is E experts and a router that sends every toke
 matrix (MoE-LLaVA) or know image from text tokens (EvoMoE). A token's experts depend on that token alone, so a row in
 a batch gives what it gives alone; no cache and no mask is different from stock LLaVA's.
 
-Top to bottom: outputs, the block of experts, the decoder layers, the language models, the multimodal model, the head.
+Top to bottom: outputs, the block of experts, the decoder layers, the language models, the multimodal model, the head;
+what RoE on such a model (`modeling_roe_moe.py`) has in common with it stands in classes of its own.
 
 B batch, L decoder layers, M layers with experts, S sequence, D hidden, E experts, K experts per token.
 """
@@ -26,11 +27,11 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 from transformers.models.phi.modeling_phi import PhiDecoderLayer, PhiModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
 from transformers.models.stablelm.modeling_stablelm import StableLmDecoderLayer, StableLmModel
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .checkpointing_roe import NonReentrantMixin
-from .choice_moe import ExpertRouting, current_routing, routing_of_layer
+from .choice_moe import ExpertRouting, Tokens, current_routing, routing_of_layer
 from .configuration_moe_llava import MoeLlavaConfig
 from .experts_moe import PackedExperts, experts_class
 from .loading_moe import MoeLoadingMixin, register_moe_names
@@ -72,7 +73,7 @@ class MoeBlock(nn.Module):
         routing, tokens = self.traced_routing or current_routing(), hidden_states.flatten(0, 1)
         if routing.single_expert is not None:
             return self.experts.expert(routing.single_expert, hidden_states)
-        logits = self.router(tokens, *routing.image_tokens(tokens.device))
+        logits = self.router(tokens, *routing.tokens.images(tokens.device))
         choice = routing.choose(logits, self.layer_idx)
         return self.experts(tokens, choice.experts, choice.weights).view_as(hidden_states)
 
@@ -83,7 +84,7 @@ class MoeDecoderLayer(GradientCheckpointingLayer):
     `forward` takes one keyword more, `expert_routing`.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, block: MoeBlock | None):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, block: MoeBlock | None = None):
         super().__init__(config, layer_idx)
         self.has_experts = block is not None
         if self.has_experts:
@@ -123,6 +124,11 @@ class MoeStableLmDecoderLayer(MoeDecoderLayer, StableLmDecoderLayer):
     """A StableLM layer that may have experts."""
 
 
+def block_of_layer(config: MoeLlavaConfig, layer: int) -> MoeBlock | None:
+    """The block of experts that a layer has; `None` where it stays dense."""
+    return MoeBlock(config, layer) if layer in config.expert_layers() else None
+
+
 class SetsExpertsImplementation:
     """Put in front of a model's class: `experts_implementation` may be set.
 
@@ -134,24 +140,28 @@ class SetsExpertsImplementation:
         return True
 
 
-class MoeLanguageModel(SetsExpertsImplementation):
-    """Put in front of a stock language model's class: layers that may have experts."""
+class HasExpertLayers(SetsExpertsImplementation):
+    """Put in front of a language model's class some of whose layers have experts."""
 
-    decoder_layer_class: type[MoeDecoderLayer]
     # Decisions are made in float32 whatever the model is loaded in.
     _keep_in_fp32_modules_strict = {"router"}
-
-    def __init__(self, config: MoeLlavaConfig):
-        super().__init__(config.text_config)
-        for layer in range(config.text_config.num_hidden_layers):
-            block = MoeBlock(config, layer) if layer in config.expert_layers() else None
-            self.layers[layer] = self.decoder_layer_class(config.text_config, layer, block)
-        self.post_init()
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, PackedExperts):
             module.reset_parameters(getattr(self.config, "initializer_range", 0.02))
+
+
+class MoeLanguageModel(HasExpertLayers):
+    """Put in front of a stock language model's class: layers that may have experts."""
+
+    decoder_layer_class: type[MoeDecoderLayer]
+
+    def __init__(self, config: MoeLlavaConfig):
+        super().__init__(config.text_config)
+        for layer in range(config.text_config.num_hidden_layers):
+            self.layers[layer] = self.decoder_layer_class(config.text_config, layer, block_of_layer(config, layer))
+        self.post_init()
 
 
 class MoeLlamaModel(MoeLanguageModel, LlamaModel):
@@ -221,16 +231,8 @@ class MoeLlavaPreTrainedModel(NonReentrantMixin, SetsExpertsImplementation, Llav
     reentrant_loses = "the load balancing loss"
 
 
-class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
-    """Vision tower, projector and language model with experts, without a head."""
-
-    def __init__(self, config: MoeLlavaConfig):
-        # Not LlavaModel.__init__, which would build a stock language model first.
-        LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = LlavaMultiModalProjector(config)
-        self.language_model = build_language_model(config)
-        self.post_init()
+class ExpertsModel(MoeLlavaPreTrainedModel):
+    """Put in front of a multimodal model's class whose layers may have experts: tells them what tokens stand for."""
 
     def forward(
         self,
@@ -244,7 +246,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         single_expert: int | None = None,
         **kwargs,
     ):
-        """`LlavaModel.forward` with experts.
+        """The stock forward with experts.
 
         Args: as in the head, and `expert_routing`: a list that gets the pass's `ExpertRouting`, for callers that read
             it.
@@ -265,7 +267,8 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
                 "attention_mask is no (B, S) mask: what is padding is not known, all tokens enter the load balancing "
                 "loss and take capacity"
             )
-        routing = ExpertRouting(self.config, self.training, real, is_image, single_expert)
+        known = Tokens(tuple(tokens.shape[:2]), real, is_image)
+        routing = ExpertRouting(self.config, self.training, known, single_expert)
         if expert_routing is not None:
             expert_routing.append(routing)
         return super().forward(
@@ -312,18 +315,28 @@ def real_tokens(attention_mask: Tensor | None, num_tokens: int) -> Tensor | None
     return None
 
 
-class MoeLlavaForConditionalGeneration(MoeLoadingMixin, MoeLlavaPreTrainedModel, LlavaForConditionalGeneration):
-    """LLaVA whose chosen decoder layers send every token through K of E experts.
-
-    Used like `LlavaForConditionalGeneration`.
-    """
+class MoeLlavaModel(ExpertsModel, LlavaModel):
+    """Vision tower, projector and language model with experts, without a head."""
 
     def __init__(self, config: MoeLlavaConfig):
-        # Not LlavaForConditionalGeneration.__init__, which would build a stock model first.
+        # Not LlavaModel.__init__, which would build a stock language model first.
         LlavaPreTrainedModel.__init__(self, config)
-        self.model = MoeLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = build_language_model(config)
         self.post_init()
+
+
+class ExpertsForConditionalGeneration(MoeLlavaPreTrainedModel):
+    """Put in front of a model's class with a head, on an `ExpertsModel`: the balancing loss, and what was chosen.
+
+    Attributes:
+        output_class: what `forward` returns.
+        logits_field: its name for the logits of the experts' routers.
+    """
+
+    output_class: type[ModelOutput] = MoeLlavaCausalLMOutputWithPast
+    logits_field = "router_logits"
 
     @can_return_tuple
     def forward(
@@ -381,14 +394,21 @@ class MoeLlavaForConditionalGeneration(MoeLoadingMixin, MoeLlavaPreTrainedModel,
             single_expert=single_expert,
             **kwargs,
         )
-        aux_loss, loss = None, outputs.loss
-        if labels is not None or output_router_logits:
-            aux_loss = found[0].aux_loss(outputs.logits.device)
-        if labels is not None and self.training:
+        device, loss, more = outputs.logits.device, outputs.loss, {}
+        is_balanced = self.training and self.is_balanced(labels)
+        if labels is not None or output_router_logits or is_balanced:
+            more["aux_loss"] = found[0].aux_loss(device)
+        if labels is not None and is_balanced:
             share = label_share(labels, kwargs.get("num_items_in_batch"))
-            loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
-        by_row = found[0].by_row(outputs.logits.shape[0]) if output_router_logits else {}
-        return MoeLlavaCausalLMOutputWithPast(**{**outputs, "loss": loss}, aux_loss=aux_loss, **by_row)
+            loss = loss + self.config.router_aux_loss_coef * share * more["aux_loss"].to(loss.device)
+        if output_router_logits:
+            more |= found[0].by_row(device)
+            more[self.logits_field] = more.pop("router_logits")
+        return self.output_class(**{**outputs, "loss": loss}, **more)
+
+    def is_balanced(self, labels: Tensor | None) -> bool:
+        """Whether a step that learns from these labels has the balancing loss."""
+        return labels is not None
 
 
 def label_share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
@@ -402,6 +422,20 @@ def label_share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | floa
         return 1.0
     num_labels = (labels[:, 1:] != -100).sum()
     return num_labels / (num_items.to(labels.device) if isinstance(num_items, Tensor) else num_items)
+
+
+class MoeLlavaForConditionalGeneration(MoeLoadingMixin, ExpertsForConditionalGeneration, LlavaForConditionalGeneration):
+    """LLaVA whose chosen decoder layers send every token through K of E experts.
+
+    Used like `LlavaForConditionalGeneration`.
+    """
+
+    def __init__(self, config: MoeLlavaConfig):
+        # Not LlavaForConditionalGeneration.__init__, which would build a stock model first.
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = MoeLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
 
 
 register_moe_names(MoeLlavaForConditionalGeneration, MoeLlavaModel)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModel
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .baked_roe import as_pinned, is_baked
@@ -29,7 +29,7 @@ from .cache_roe import LayerRows, RoeCache, adopt_cache
 from .checkpointing_roe import NonReentrantMixin
 from .compile_roe import RoeCompileMixin
 from .configuration_roe import RoeLlavaConfig
-from .decoder_roe import build_language_model
+from .decoder_roe import LANGUAGE_MODELS, RoeLanguageModel, build_language_model
 from .generation_roe import ROUTING_ARGUMENTS
 from .grafting_roe import RoeGraftingMixin
 from .grouping_roe import RoeGroupingMixin
@@ -89,15 +89,17 @@ class RoutedModel(RoutedPreTrainedModel):
 
     Attributes:
         new_projector: makes the projector of a configuration.
+        language_models: classes by the decoder's `model_type`.
     """
 
     new_projector: Callable[[PreTrainedConfig], nn.Module]
+    language_models: dict[str, type[RoeLanguageModel]] = LANGUAGE_MODELS
 
     def __init__(self, config: PreTrainedConfig):
         # Not the stock class's __init__, which would build a stock language model first.
         PreTrainedModel.__init__(self, config)
         self.build_front_end(config)
-        self.language_model = build_language_model(config)
+        self.language_model = build_language_model(config, self.language_models)
         self.routing_phase = RoutingPhase()
         self.post_init()
 
@@ -277,6 +279,7 @@ class RoutedForConditionalGeneration(
         loss = outputs.loss
         if labels is not None and routing.is_soft:
             loss = roe_loss(outputs.logits, labels, routing.skip_share(), self.config.target_skip_ratio)
+            loss = loss + self.loss_of_base(outputs)
         if rows_per_prompt:
             self.count_routing(routing, outputs, rows_per_prompt)
         return self.output_class(
@@ -287,6 +290,10 @@ class RoutedForConditionalGeneration(
             turn_router_logits=routing.turn_router_logits(),
             turn_mask=routing.turn_mask,
         )
+
+    def loss_of_base(self, outputs: ModelOutput) -> Tensor | float:
+        """What the base's own training adds to the token loss where soft routing trains: nothing."""
+        return 0.0
 
 
 def forward_like(stock: type[PreTrainedModel]) -> Callable:

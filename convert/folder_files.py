@@ -12,7 +12,7 @@ from ..configuration_frontend import STOCK_TYPE, base_type_of
 from ..decoder_roe import LANGUAGE_MODELS
 from .bases import A_BASE, is_base, is_routed, routed_kind
 from .code_files import copy_code
-from .kinds import MOE, ROE
+from .kinds import ROE
 from .output import write_json
 from .source import blamed_on, read_json
 
@@ -48,8 +48,6 @@ def read_base_config(folder: Path) -> dict:
         )
     if not is_base(model_type):
         hint = "an original LLaVA goes through import-llava first, a published RoE checkpoint through import-reference"
-        if model_type == MOE.model_type:
-            hint = "routing over layers and experts do not go together yet"
         raise ValueError(
             f"{path} has model_type {model_type!r}, expected {A_BASE}: RoE is grafted onto checkpoints in llava-hf's "
             f"layout ({hint})"

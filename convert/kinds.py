@@ -18,7 +18,7 @@ from transformers import (
 
 from .. import loading_moe
 from ..configuration_frontend import base_type_of
-from ..loading_roe import stock_class
+from ..loading_roe import base_class, stock_class
 from ..modeling_frontend import base_class_of
 from ..modeling_moe_llava import MoeLlavaForConditionalGeneration
 from ..modeling_roe_family import (
@@ -27,6 +27,7 @@ from ..modeling_roe_family import (
     RoeVipLlavaForConditionalGeneration,
 )
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
+from ..modeling_roe_moe import RoeMoeLlavaForConditionalGeneration
 from ..processing_roe import RoeLlavaProcessor
 from ..processing_roe_family import RoeLlavaNextProcessor, RoeLlavaOnevisionProcessor
 from .code_files import code_of, copy_code
@@ -88,7 +89,7 @@ class Kind:
 
     def base_class(self, content: dict) -> type[PreTrainedModel]:
         """Its class."""
-        return base_class_of(content) if self is ROE else stock_class(self.model)
+        return base_class_of(content) if self is ROE else base_class(self.model)
 
     @property
     def dense(self) -> type[PreTrainedModel]:
@@ -141,9 +142,12 @@ VIP = Kind(
     RoeLlavaProcessor,
     "projector_layernorm",
 )
+ROE_MOE = Kind(
+    "RoE", "RoE on MoE-LLaVA", RoeMoeLlavaForConditionalGeneration, "layers", RoeLlavaProcessor, ".mlp.experts."
+)
 MOE = Kind("MoE-LLaVA", "MoE-LLaVA", MoeLlavaForConditionalGeneration, "experts")
 
-KINDS = {kind.model_type: kind for kind in (ROE, NEXT, ONEVISION, VIP, MOE)}
+KINDS = {kind.model_type: kind for kind in (ROE, NEXT, ONEVISION, VIP, ROE_MOE, MOE)}
 
 
 def kind_of(model_type) -> Kind | None:
@@ -156,4 +160,4 @@ def listed_types(decides: str | None = None) -> str:
     return " or ".join(repr(name) for name, kind in KINDS.items() if decides in (None, kind.decides))
 
 
-__all__ = ["KINDS", "MOE", "NEXT", "ONEVISION", "ROE", "VIP", "Kind", "kind_of", "listed_types"]
+__all__ = ["KINDS", "MOE", "NEXT", "ONEVISION", "ROE", "ROE_MOE", "VIP", "Kind", "kind_of", "listed_types"]

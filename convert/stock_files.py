@@ -10,6 +10,7 @@ from ..loading_frontend import FRONTEND_AUTO_MAP
 from .bases import ROUTED, routed_kind
 from .code_files import write_frontend_code
 from .folder_files import COMPANIONS, OWN, WEIGHT_SUFFIXES
+from .kinds import kind_of
 from .output import write_json
 from .source import read_json
 
@@ -24,6 +25,8 @@ def stock_config(config: dict) -> dict:
     kind = routed_kind(config)
     base_type, base_class = kind.base_type(config), kind.base_class(config)
     kept |= {"model_type": base_type, "architectures": [base_class.__name__]}
+    if (own_kind := kind_of(base_type)) is not None:
+        return kept | {"auto_map": own_kind.auto_map}
     if base_type != FrontendLlavaConfig.model_type:
         return kept
     return kept | {
@@ -69,7 +72,10 @@ class StockFiles:
             copyfile(path, copy)
         for name, content in self.written.items():
             write_json(target / name, content)
-        if self.written["config.json"]["model_type"] == FrontendLlavaConfig.model_type:
+        base_type = self.written["config.json"]["model_type"]
+        if (own_kind := kind_of(base_type)) is not None:
+            own_kind.write_code(target)
+        elif base_type == FrontendLlavaConfig.model_type:
             write_frontend_code(target)
 
 
@@ -95,7 +101,7 @@ def find_stock_files(folder: Path, config: dict, used) -> StockFiles:
         if path.is_dir() or path.name.startswith(".") or path.name in used or path in copied or is_index:
             continue
         if path.suffix == ".py":
-            dropped[path.name] = "code of RoE, which stock LLaVA does without"
+            dropped[path.name] = "code of RoE, which the base does without"
         elif path.name.endswith(WEIGHT_SUFFIXES):
             dropped[path.name] = "weights in a second format"
         elif path.name not in written:

@@ -18,7 +18,7 @@ from .arguments import add_common_arguments, common_options
 from .bases import refuse_other_bases
 from .completeness import check_complete
 from .folder_files import Companions, find_companions, write_companions
-from .kinds import MOE
+from .kinds import MOE, ROE, ROE_MOE
 from .made_tensors import in_memory, numbered, stream_files
 from .moe_config import moe_llava_config
 from .moe_layout import pack_layer
@@ -140,13 +140,15 @@ def read_dense_config(folder: Path) -> dict:
     path = folder / "config.json"
     config = read_json(path)
     kind = config.get("model_type")
-    refuse_other_bases(kind, path, "upcycle")
+    reasons = {
+        MOE.model_type: "this model has experts already",
+        ROE_MOE.model_type: "this model has experts already, and routing beside them",
+        FrontendLlavaConfig.model_type: "experts stand behind stock LLaVA's tower and projector alone, so far",
+        ROE.model_type: "routing parts belong to the dense layers; take its base, or split it with extract --full",
+    }
+    if kind not in reasons:
+        refuse_other_bases(kind, path, "upcycle")
     if kind != "llava":
-        reasons = {
-            "moe_llava": "this model has experts already",
-            FrontendLlavaConfig.model_type: "experts stand behind stock LLaVA's tower and projector alone, so far",
-            "roe_llava": "routing parts belong to the dense layers; take its base, or split it with extract --full",
-        }
         reason = reasons.get(kind, "an original LLaVA goes through import-llava first")
         raise ValueError(f"{path} has model_type {kind!r}, expected 'llava': {reason}")
     if not isinstance(config.get("text_config"), dict):

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from ..configuration_moe_llava import MoeLlavaConfig
 from ..convert.source import read_json
 from .folder import ModelFolder
 from .results import Results
@@ -49,11 +50,22 @@ def facts(folder: ModelFolder, found: Results, licence: str | None, where: str) 
         ("base", base_text(folder, base_state(folder))),
         ("licence", licence_text(licence, where)),
         ("decoder layers", f"{info.num_hidden_layers}, routed: {routed}"),
+        *expert_facts(folder),
         ("adapter width", str(info.adapter_size)),
         ("parameters added", f"{added:,}{share}"),
         ("skip target", f"{info.target_skip_ratio:.1%} of (example, layer) pairs"),
         ("realised skip", "; ".join(skips) or NOT_MEASURED),
     ]
+
+
+def expert_facts(folder: ModelFolder) -> list[tuple[str, str]]:
+    """Rows on the experts of a base that has them; an adapter alone does not know."""
+    config = None if folder.is_adapter else folder.model_config
+    if not isinstance(config, MoeLlavaConfig):
+        return []
+    layers = ", ".join(map(str, config.expert_layers()))
+    per_layer = f"{config.num_experts} per layer, {config.num_experts_per_tok} per token"
+    return [("experts", f"{per_layer}, in layers {layers}; {config.router_type} routers")]
 
 
 def base_state(folder: ModelFolder) -> str:

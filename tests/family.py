@@ -1,4 +1,4 @@
-"""Tiny models, prompts and processors of the other bases: LLaVA-NeXT, LLaVA-OneVision and ViP-LLaVA.
+"""Tiny models, prompts and processors of the other bases: LLaVA-NeXT, LLaVA-OneVision, ViP-LLaVA and MoE-LLaVA.
 
 B batch, L decoder layers.
 """
@@ -24,11 +24,13 @@ from roe_llava import (
     RoeLlavaOnevisionForConditionalGeneration,
     RoeLlavaOnevisionProcessor,
     RoeLlavaProcessor,
+    RoeMoeLlavaConfig,
+    RoeMoeLlavaForConditionalGeneration,
     RoeVipLlavaConfig,
     RoeVipLlavaForConditionalGeneration,
 )
 from roe_llava.configuration_roe import BAKED_FIELDS, ROUTING_FIELDS
-from roe_llava.loading_roe import stock_class
+from roe_llava.loading_roe import base_class, stock_class
 
 VIDEO = 126
 GRID = [[28, 56], [56, 28], [56, 56]]
@@ -55,13 +57,17 @@ class Kind:
 
     @property
     def stock(self) -> type:
-        return stock_class(self.head)
+        """The class of the base: a stock one, or ours with experts."""
+        return base_class(self.head)
 
 
+# Whose images are one picture each, as LLaVA's; the others cut them into tiles.
+PLAIN = ("vipllava", "moe_llava")
 KINDS = {
     "llava_next": Kind(RoeLlavaNextForConditionalGeneration, RoeLlavaNextConfig, "mistral"),
     "llava_onevision": Kind(RoeLlavaOnevisionForConditionalGeneration, RoeLlavaOnevisionConfig, "qwen2"),
     "vipllava": Kind(RoeVipLlavaForConditionalGeneration, RoeVipLlavaConfig, "llama"),
+    "moe_llava": Kind(RoeMoeLlavaForConditionalGeneration, RoeMoeLlavaConfig, "llama"),
 }
 
 # Prompts as lists of ids and of images; "wide", "tall" and "video" stand for all tokens of one.
@@ -79,11 +85,13 @@ NAMES = tuple(PROMPTS)
 def tiny_config(name, **kwargs):
     """Configuration of a tiny RoE model on a base."""
     kind, llava = KINDS[name], tiny.tiny_config(KINDS[name].text)
-    own = {"image_grid_pinpoints": GRID}
+    own = {} if name in PLAIN else {"image_grid_pinpoints": GRID}
     if name == "vipllava":
         # Transformers 5.19 has the plural.
         layers = "vision_feature_layer"
         own = {layers if hasattr(kind.config, layers) else f"{layers}s": [-1, -2]}
+    if name == "moe_llava":
+        own = {"num_experts": 3, "router_type": "token_aware", "moe_layers": [0, 1, 3], "image_seq_length": 4}
     if name == "llava_onevision":
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         vision = SiglipVisionConfig(**sizes, image_size=28, patch_size=14, vision_use_head=False)
@@ -115,7 +123,7 @@ def tokens_of(name, part):
         return [part]
     if part == "video":
         return [VIDEO] * NUM_VIDEO
-    number = {"wide": NUM_WIDE, "tall": NUM_TALL}[part] if name != "vipllava" else 4
+    number = {"wide": NUM_WIDE, "tall": NUM_TALL}[part] if name not in PLAIN else 4
     return [IMAGE] * number
 
 
@@ -125,10 +133,10 @@ def images_of(name, parts, seed):
     if not found:
         return {}
     generator = torch.Generator().manual_seed(seed)
-    shape = (len(found), 3, 28, 28) if name == "vipllava" else (len(found), 3, 3, 28, 28)
+    shape = (len(found), 3, 28, 28) if name in PLAIN else (len(found), 3, 3, 28, 28)
     pixels = {"pixel_values": torch.randn(shape, generator=generator)}
     sizes = torch.tensor([{"wide": WIDE, "tall": TALL}[part] for part in found])
-    return pixels | ({} if name == "vipllava" else {"image_sizes": sizes})
+    return pixels | ({} if name in PLAIN else {"image_sizes": sizes})
 
 
 def batch(name, prompts=NAMES, side="left"):
@@ -164,7 +172,7 @@ def routed_model(name):
 
 def stock_of(model):
     """The stock model with a model's base weights and settings."""
-    cls = stock_class(type(model))
+    cls = base_class(type(model))
     own = (*ROUTING_FIELDS, *BAKED_FIELDS, "auto_map", "architectures")
     content = {name: value for name, value in model.config.to_dict().items() if name not in own}
     content["model_type"] = cls.config_class.model_type
@@ -200,7 +208,7 @@ def processor_of(name, *, routed=True):
     crop = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     settings = {"chat_template": tiny.CHAT_TEMPLATE}
     counts = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    if name == "vipllava":
+    if name in PLAIN:
         cls, images = RoeLlavaProcessor, CLIPImageProcessorPil(**crop)
     elif name == "llava_next":
         cls, images = RoeLlavaNextProcessor, LlavaNextImageProcessorPil(**crop, image_grid_pinpoints=GRID)

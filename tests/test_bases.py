@@ -252,7 +252,7 @@ def test_a_processor_file_that_leaves_numbers_out_is_completed_from_the_config(w
     assert found == {name: kept[name] for name in found}
 
 
-@pytest.mark.parametrize("model_type", ["llava_next", "llava_onevision", "vipllava"])
+@pytest.mark.parametrize("model_type", ["llava_next", "llava_onevision", "vipllava", "moe_llava"])
 def test_bench_refuses_other_bases(tmp_path, capsys, model_type):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     assert main(["bench", "--base", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 2

@@ -1,4 +1,4 @@
-"""The other bases, LLaVA-NeXT, LLaVA-OneVision and ViP-LLaVA: what holds for LLaVA holds for each of them."""
+"""The other bases, LLaVA-NeXT, LLaVA-OneVision, ViP-LLaVA and MoE-LLaVA: what holds for LLaVA holds for each."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_outputs_have_all_that_stock_ones_have(name, model, no_gradients):
 
 def test_arguments_are_stocks_in_stocks_order(name, model, no_gradients):
     inputs = family.alone(name, "question")
-    by_place = [inputs["input_ids"], inputs["pixel_values"], *([] if name == "vipllava" else [inputs["image_sizes"]])]
+    by_place = [inputs["input_ids"], inputs["pixel_values"], *([] if name in family.PLAIN else [inputs["image_sizes"]])]
     assert torch.equal(model(*by_place).logits, model(**inputs).logits)
     with pytest.raises(TypeError, match="multiple values"):
         model(*by_place, pixel_values=inputs["pixel_values"])
@@ -236,8 +236,9 @@ def test_a_stock_checkpoint_loads_and_equals_stock(name, model, stock_folder, no
 def test_a_saved_model_reloads_and_names_its_code(name, model, tmp_path, no_gradients):
     model.save_pretrained(tmp_path / "saved")
     loaded = KINDS[name].head.from_pretrained(tmp_path / "saved").eval()
-    assert loaded.config.auto_map["AutoModel"] == f"modeling_roe_family.{KINDS[name].head.__name__}"
-    assert {"modeling_roe_family.py", "configuration_roe_family.py", "decoder_roe.py"} <= {
+    part = "moe" if name == "moe_llava" else "family"
+    assert loaded.config.auto_map["AutoModel"] == f"modeling_roe_{part}.{KINDS[name].head.__name__}"
+    assert {f"modeling_roe_{part}.py", f"configuration_roe_{part}.py", "decoder_roe.py"} <= {
         path.name for path in (tmp_path / "saved").glob("*.py")
     }
     inputs = family.batch(name)

@@ -146,7 +146,7 @@ def test_another_class_of_base_is_refused(name, base, adapter):
 
 
 def test_every_base_has_one_class():
-    assert sorted(ROUTED) == ["roe_llava", "roe_llava_next", "roe_llava_onevision", "roe_vipllava"]
+    assert sorted(ROUTED) == ["roe_llava", "roe_llava_next", "roe_llava_onevision", "roe_moe_llava", "roe_vipllava"]
     assert sorted(BASES) == sorted(one for kind in ROUTED.values() for one in kind.base_types)
 
 
@@ -158,35 +158,32 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-folder, expected, has_processor = sys.argv[1], load_file(sys.argv[2]), sys.argv[3] == "True"
+expected, has_processor, folders = load_file(sys.argv[1]), sys.argv[2] == "True", sys.argv[3:]
 inputs = {name.removeprefix("inputs."): tensor for name, tensor in expected.items() if name.startswith("inputs.")}
-config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-for auto in (AutoModel, AutoModelForImageTextToText):
-    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
-    with torch.no_grad():
-        outputs = model(**inputs)
-    assert torch.equal(outputs.logits, expected["logits"])
-    assert torch.equal(outputs.routes, expected["routes"])
-    model.generation_config.eos_token_id = None
-    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), expected["tokens"])
-if has_processor:
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    assert "routing_segments" in processor.model_input_names
-    assert "routing_segments" in processor(text="USER: what colour ? ASSISTANT:", return_tensors="pt")
-print(type(model).__name__, config.model_type)
+for folder in folders:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    for auto in (AutoModel, AutoModelForImageTextToText):
+        model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+        with torch.no_grad():
+            outputs = model(**inputs)
+        assert torch.equal(outputs.logits, expected["logits"])
+        assert torch.equal(outputs.routes, expected["routes"])
+        model.generation_config.eos_token_id = None
+        assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), expected["tokens"])
+    if has_processor:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        assert "routing_segments" in processor.model_input_names
+        assert "routing_segments" in processor(text="USER: what colour ? ASSISTANT:", return_tensors="pt")
+    print(type(model).__name__, config.model_type)
 """
 
 
-@pytest.mark.parametrize("made", ["grafted", "saved"])
-def test_a_folder_opens_by_remote_code(name, model, grafted, made, tmp_path):
+def test_grafted_and_saved_folders_open_by_remote_code(name, model, grafted, tmp_path):
     from safetensors.torch import save_file
 
-    folder, has_processor = grafted, name in WITH_PROCESSOR
-    if made == "saved":
-        folder = tmp_path / "saved"
-        model.save_pretrained(folder)
-        if has_processor:
-            family.processor_of(name).save_pretrained(folder)
+    model.save_pretrained(tmp_path / "saved")
+    if name in WITH_PROCESSOR:
+        family.processor_of(name).save_pretrained(tmp_path / "saved")
     inputs = family.batch(name)
     with torch.no_grad():
         outputs = model(**inputs)
@@ -194,10 +191,10 @@ def test_a_folder_opens_by_remote_code(name, model, grafted, made, tmp_path):
     tensors = {f"inputs.{key}": value.contiguous() for key, value in inputs.items()}
     tensors |= {"logits": outputs.logits, "routes": outputs.routes, "tokens": tokens}
     save_file(tensors, tmp_path / "expected.safetensors")
-    arguments = (folder, tmp_path / "expected.safetensors", has_processor)
+    arguments = (tmp_path / "expected.safetensors", name in WITH_PROCESSOR, grafted, tmp_path / "saved")
     done = run_fresh(tmp_path, OPEN_AS_REMOTE_CODE, *map(str, arguments))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [KINDS[name].head.__name__, f"roe_{name}"]
+    assert done.stdout.split() == [KINDS[name].head.__name__, f"roe_{name}"] * 2
 
 
 # ---------------------------------------- train, calibrate, verify, card, push
@@ -238,15 +235,17 @@ def test_verify_passes(needs_processor, base, grafted, capsys):
 def test_card_and_push_take_the_folder(needs_processor, name, grafted, tmp_path):
     folder = shutil.copytree(grafted, tmp_path / "folder")
     assert main(["card", str(folder)]) == 0
-    assert "`modeling_roe_family.py`" in (folder / "README.md").read_text()
+    part, text = "moe" if name == "moe_llava" else "family", (folder / "README.md").read_text()
+    assert f"`modeling_roe_{part}.py`" in text
+    assert ("3 per layer, 2 per token, in layers 0, 1, 3; token_aware routers" in text) == (name == "moe_llava")
     plan = plan_push(folder, "owner/name")
-    assert {"modeling_roe_family.py", "configuration_roe_family.py", "config.json"} <= plan.files.keys()
+    assert {f"modeling_roe_{part}.py", f"configuration_roe_{part}.py", "config.json"} <= plan.files.keys()
 
 
-def test_a_card_of_an_adapter_names_the_code_of_its_base(needs_processor, adapter, tmp_path):
+def test_a_card_of_an_adapter_names_the_code_of_its_base(needs_processor, name, adapter, tmp_path):
     folder = shutil.copytree(adapter, tmp_path / "folder")
     assert main(["card", str(folder)]) == 0
-    assert "`modeling_roe_family.py`" in (folder / "README.md").read_text()
+    assert f"`modeling_roe_{'moe' if name == 'moe_llava' else 'family'}.py`" in (folder / "README.md").read_text()
 
 
 # ---------------------------------------- refusals
@@ -269,7 +268,9 @@ def test_a_command_that_knows_llava_alone_says_so(words, name, grafted, tmp_path
 
 def test_upcycle_refuses_the_base(name, base, tmp_path, capsys):
     assert main(["upcycle", str(base), str(tmp_path / "out")]) == 2
-    assert f"has model_type '{name}', and upcycle does not support that base yet" in capsys.readouterr().err
+    reason = "and upcycle does not support that base yet"
+    reason = "expected 'llava': this model has experts already" if name == "moe_llava" else reason
+    assert f"has model_type '{name}', {reason}" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_the_model(name, grafted):

@@ -5,6 +5,8 @@ import re
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
+from ..loading_moe import is_moe_parameter
+
 GROUPS = ("adapter", "router", "routing_tokens", "lora", "base")
 NO_DECAY = "_no_decay"  # behind a group's name
 # Those that Transformers' own Trainer leaves without decay, and the routing tokens, which are embeddings of two.
@@ -22,6 +24,8 @@ def group_of(name: str) -> str:
     """Parameter group a parameter belongs to, by its name."""
     if ".lora_" in name:
         return "lora"
+    if is_moe_parameter(name):  # the routers of experts are the base's
+        return "base"
     return next((group for group in GROUPS[:3] if f".{group}." in name), "base")
 
 

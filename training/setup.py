@@ -11,10 +11,9 @@ from transformers import TrainingArguments
 from ..baked_roe import refuse_baked
 from ..convert.bases import A_BASE, A_ROUTED_MODEL, is_base, is_routed, refuse_other_bases, routed_kind
 from ..convert.fingerprint import describe_base
-from ..convert.kinds import MOE
 from ..convert.source import Source, blamed_on, read_json, resolve_source
 from ..grafting_roe import no_warning_of_missing_parts
-from ..processing_roe import RoeLlavaProcessor, RoutedProcessor
+from ..processing_roe import RoutedProcessor
 from .bad_rows import BadRows
 from .chat_prompt import close_answers
 from .conversations import ConversationCollator, load_conversations, split_conversations
@@ -81,9 +80,7 @@ def load_processor(source: Source) -> RoutedProcessor:
     Raises: ValueError if the folder has none.
     """
     try:
-        config = read_json(source.folder / "config.json")
-        has_experts = config["model_type"] == MOE.model_type  # learns from the same batches, less their segments
-        cls = RoeLlavaProcessor if has_experts else routed_kind(config).processor
+        cls = routed_kind(read_json(source.folder / "config.json")).processor
         processor = cls.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # a missing file gives whatever the library stumbles over
         raise ValueError(

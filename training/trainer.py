@@ -226,6 +226,8 @@ class RoeTrainer(Trainer):
         if is_taught:
             self.teacher.see(outputs)
         loss = self.objective.loss(outputs, labels, stage)
+        if is_training:
+            loss = loss + self.accelerator.unwrap_model(model).loss_of_base(outputs)
         (self.meter if is_training else self.eval_meter).add(outputs, labels, loss)
         return (loss, outputs) if return_outputs else loss
 
