@@ -20,7 +20,6 @@ from ..examples.tiny_world.train_roe import evaluate, route_shares
 from ..examples.tiny_world.world import FAMILIES, messages
 from ..modeling_moe_llava import MoeBlock
 from ..training.data import ChatCollator
-from ..training.expert_evolution import packed_parameters
 from ..training.train_moe import WithoutSegments
 from .compare_systems import ROUTED, WITH_EXPERTS, Trained
 
@@ -45,7 +44,7 @@ def judged(method: str, trained: Trained, per_family: int, control_per_family: i
     result |= {"minutes": trained.seconds / 60, "cpu_minutes": trained.cpu_seconds / 60}
     result["parameters"] = parameters(method, trained, share)
     result["flops"] = mean_flops(trained)
-    if method in WITH_EXPERTS:
+    if method in WITH_EXPERTS and method not in ROUTED:  # whose experts see other tokens in every layer
         result["experts"] = experts(trained, control_per_family)
     return result
 
@@ -88,15 +87,15 @@ def parameters(method: str, trained: Trained, kept: Sequence[float] | None) -> d
     """
     model = trained.model
     total = sum(one.numel() for one in model.parameters())
-    if method in WITH_EXPERTS:
-        return {"total": total, "activated": total - idle_in_experts(model)}
     if method not in ROUTED:
-        return {"total": total, "activated": total}
+        return {"total": total, "activated": total - sum(idle_in_experts(model).values())}
     if method == "dense_adapters":
         total -= routing_parameters(model)
         return {"total": total, "activated": total}
     layers = model.model.language_model.layers
     full, skip = zip(*map(path_sizes, layers), strict=True)
+    idle = idle_in_experts(model)
+    full = [size - idle.get(layer, 0) for layer, size in enumerate(full)]
     rest = total - sum(sum(one.numel() for one in layer.parameters()) for layer in layers)
     routers = sum(one.numel() for layer in layers for one in layer.router.parameters())
     activated = sum(share * a + (1 - share) * b for share, a, b in zip(kept, full, skip, strict=True))
@@ -115,18 +114,20 @@ def path_sizes(layer: nn.Module) -> tuple[int, int]:
 
 def routing_parameters(model: PreTrainedModel) -> int:
     """Parameters of routers and routing tokens."""
-    named = model.model.language_model.named_parameters()
-    return sum(one.numel() for name, one in named if ".router." in name or name.startswith("routing_tokens."))
+    language_model = model.model.language_model
+    routers = [one for layer in language_model.layers if layer.router is not None for one in layer.router.parameters()]
+    return sum(one.numel() for one in [*routers, *language_model.routing_tokens.parameters()])
 
 
-def idle_in_experts(model: PreTrainedModel) -> int:
-    """Parameters that a token does not go through: experts that are not chosen, the other modality's hypernetwork."""
-    config, idle = model.config, 0
-    for layer in packed_parameters(model):
-        idle += sum(one[0].numel() for one in layer) * (config.num_experts - config.num_experts_per_tok)
-    if config.router_type == "token_aware":
-        idle += sum(one.numel() for block in blocks(model).values() for one in block.router.image.parameters())
-    return idle
+def idle_in_experts(model: PreTrainedModel) -> dict[int, int]:
+    """Layer -> parameters that a text token does not go through: experts not chosen, the images' hypernetwork."""
+    config, found = model.config, {}
+    for layer, block in blocks(model).items():
+        one_expert = sum(one[0].numel() for one in block.experts.parameters())
+        found[layer] = one_expert * (config.num_experts - config.num_experts_per_tok)
+        if config.router_type == "token_aware":
+            found[layer] += sum(one.numel() for one in block.router.image.parameters())
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- FLOPs

@@ -17,6 +17,7 @@ LABELS = {
     "static": "the same layers dropped for all",
     "moe_llava": "MoE-LLaVA, 4 experts, top-2",
     "evomoe": "EvoMoE, 4 experts, top-1",
+    "roe_moe": "RoE on MoE-LLaVA",
     "dense_all": "dense, all but the vision tower trained",
     "dense_adapters": "dense, adapters beside",
     "moe_warmed": "EvoMoE's warm-up, then MoE-LLaVA",
@@ -29,6 +30,7 @@ COLORS = {
     "static": WRONG,
     "moe_llava": "#009E73",
     "evomoe": "#CC79A7",
+    "roe_moe": "#56B4E9",
     "dense_all": "#999999",
     "dense_adapters": "#BBBBBB",
     "moe_warmed": "#66C2A5",
@@ -39,6 +41,7 @@ BESIDE = {
     "roe": "routes searched and measured (forward passes), skip ratio settled on validation questions",
     "static": "RoE's search",
     "moe_llava": "its MLPs copied into experts",
+    "roe_moe": "as MoE-LLaVA for a third of the steps, then as RoE",
     "evomoe": "its MLPs copied into experts after the warm-up; three schedules",
 }
 
@@ -64,6 +67,10 @@ questions of each of {num_families} families, ± the standard deviation over see
   begins with {roe_skipped:.0f} % less of it: after {steps} steps it is {over_static:+.1f} points from the best layers
   dropped for all, and {over_dense:+.1f} from dense. {full_roe} That decides the first row; of the {claimed} it says
   nothing, as models with experts have nothing to lose here.
+- **Both.** RoE on MoE-LLaVA, whose experts learned in the first {expert_steps} steps, skips {both_skipped:.1f} % of the
+  layers and is {both_over_roe:+.1f} points from RoE on the dense base: the two go together. It computes
+  {both_flops:.0f} % of the base's FLOPs per decoded token, where MoE-LLaVA computes {moe_flops:.0f} %, and takes
+  {both_time:.2f} times the base's time for a question and {tokens} tokens.
 - **Speed.** RoE computes {roe_flops:.0f} % of the base's FLOPs per decoded token, MoE-LLaVA {moe_flops:.0f} %, EvoMoE
   {evomoe_flops:.0f} %. For a question and {tokens} tokens they take {roe_time:.2f}, {moe_time:.2f} and
   {evomoe_time:.2f} times the base's time: in a model this small much of the time is not computing but calling.
@@ -129,8 +136,8 @@ What each method learns, and what it costs beside its steps:
 - **RoE gets forward passes that others do not**: its search and measured routes are worth about {extra_steps}
   optimizer steps more than the {steps} here. The static drop takes the best set that this search measured, so it had
   them too.
-- **RoE has too few steps here.** It has to learn to do without layers from nothing, while the others begin as the
-  base and can stay what they are.
+- **{roe_steps}** It has to learn to do without layers from nothing, while the others begin as the base and can stay
+  what they are.
 - **RoE's recipe was made on this world**; its rates were not searched again. Those of the others were searched with
   little: one short run for each of few rates, one seed, and a single rate for EvoMoE's routers. Of rates within 1 % of
   the least loss the largest is taken, as experts have to move to become different.
@@ -192,9 +199,12 @@ def page(result: dict) -> str:
         experts=experts_table(rows),
         control_questions=settings["control_per_family"] * len(families),
         freedom=freedom_table(rows),
-        controls=" Controls, below the six, have fewer seeds." if len(rows) > len(METHODS) else "",
+        controls=f" Controls, below the first {len(METHODS)}, have fewer seeds." if len(rows) > len(METHODS) else "",
         counterparts=counterparts(by_name),
         full_roe=full_roe(result),
+        roe_steps=roe_steps(result),
+        expert_steps=round(settings["steps"] / 3),
+        both_skipped=100 * by_name["roe_moe"]["skip_ratio"]["mean"],
         **compared_numbers(result, by_name),
         static_skipped=100 * by_name["static"]["skip_ratio"]["mean"],
         shares=", ".join(map(str, result["evomoe_steps"])),
@@ -216,8 +226,9 @@ def compared_numbers(result: dict, by_name: dict[str, dict]) -> dict:
         "dense_gain": level["dense_mlps"] - level["base"],
         "over_static": level["roe"] - level["static"],
         "over_dense": level["roe"] - level["dense_mlps"],
+        "both_over_roe": level["roe_moe"] - level["roe"],
     }
-    for name, short in (("moe_llava", "moe"), ("evomoe", "evomoe"), ("roe", "roe")):
+    for name, short in (("moe_llava", "moe"), ("evomoe", "evomoe"), ("roe", "roe"), ("roe_moe", "both")):
         found[f"{short}_gain"] = level[name] - level["base"]
         found[f"{short}_flops"] = 100 * flops[name] / flops["base"]
         found[f"{short}_time"] = 1 / answer_ratio(rows, name, "base")
@@ -259,22 +270,32 @@ def counterparts(by_name: dict[str, dict]) -> str:
         "dense_adapters": "adapters beside every layer (RoE's)",
     }
     found = [text for name, text in texts.items() if name in by_name]
-    text = f"Dense counterparts learn {'; '.join(found)}. [quality](quality.md) has adapters beside over more steps."
+    text = f"Dense counterparts learn {'; '.join(found)}. [quality](quality.md) has adapters beside, too."
     if "moe_warmed" in by_name:
         text += f' "{LABELS["moe_warmed"]}" begins where the evolution does, with the same steps left.'
     return text
 
 
 def full_roe(result: dict) -> str:
-    """RoE with its own number of steps."""
+    """RoE with its own number of steps, where that is another."""
     found = result["full_roe"]
     if found is None:
         return "[quality](quality.md) has its full run."
+    if found["steps"] == result["settings"]["steps"]:
+        return "[quality](quality.md) holds it against other ways to skip."
     return (
         f"After {found['steps']} steps, in [quality](quality.md), it has {100 * found['accuracy']['mean']:.1f} % at "
         f"{100 * found['skip_ratio']['mean']:.1f} % skipped, and the base given the same training "
         f"{100 * found['dense_accuracy']['mean']:.1f} %."
     )
+
+
+def roe_steps(result: dict) -> str:
+    """Whether RoE had the steps of its recipe."""
+    found, steps = result["full_roe"], result["settings"]["steps"]
+    if found is not None and steps < found["steps"]:
+        return f"RoE has too few steps here, {steps} where its recipe has {found['steps']}."
+    return f"The number of steps, {steps}, is that of RoE's recipe."
 
 
 def weights_text(ones: bool, has_other: bool) -> str:

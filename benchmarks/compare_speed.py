@@ -16,7 +16,7 @@ from .compare_measure import counted_prompts, requested
 from .compare_systems import WITH_EXPERTS, Trained, reopen
 from .timing import PARTS, time_once
 
-TIMED = ("base", "dense_mlps", "dense_adapters", "static", "roe", "moe_llava", "evomoe")
+TIMED = ("base", "dense_mlps", "dense_adapters", "static", "roe", "moe_llava", "evomoe", "roe_moe")
 IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm copies experts for every token: far too slow on a processor
 BATCH_SIZES = (1, 8)
 TOKENS = 8  # decoding steps behind every prefill

@@ -30,6 +30,7 @@ from ..examples.tiny_world.train_roe import (
 from ..examples.tiny_world.world import messages
 from ..modeling_moe_llava import MoeLlavaForConditionalGeneration
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
+from ..modeling_roe_moe import RoeMoeLlavaForConditionalGeneration
 from ..processing_roe import RoeLlavaProcessor
 from ..training.data import ChatCollator
 from ..training.expert_evolution import Evolution, packed_parameters
@@ -46,10 +47,10 @@ IN_ORDER = {"train_sampling_strategy": "sequential"}  # every method reads the s
 # Steps of EvoMoE's three stages in its paper (table 7).
 EVOMOE_STEPS = (5200, 10395, 10395)
 # Runs that answer "was that fair?", of fewer seeds: see docs/compare.md.
-METHODS = ("base", "dense_mlps", "roe", "static", "moe_llava", "evomoe")
+METHODS = ("base", "dense_mlps", "roe", "static", "moe_llava", "evomoe", "roe_moe")
 CONTROLS = ("dense_all", "dense_adapters", "moe_warmed", "evomoe_other")
-WITH_EXPERTS = ("moe_llava", "evomoe", "moe_warmed", "evomoe_other")
-ROUTED = ("dense_adapters", "roe", "static")  # models that are RoE-LLaVA's
+WITH_EXPERTS = ("moe_llava", "evomoe", "moe_warmed", "evomoe_other", "roe_moe")
+ROUTED = ("dense_adapters", "roe", "static", "roe_moe")  # models that route over layers
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class Task:
     def conversations(self) -> Dataset:
         """All that a run reads, in order; the ones `train` takes."""
         return Conversations(self.args.steps * self.args.batch_size, self.seed + 1)
+
+    def read_in(self, steps: range) -> Dataset:
+        """What some of its steps read, in order."""
+        size = self.args.batch_size
+        return Subset(self.conversations, range(steps.start * size, steps.stop * size))
 
 
 @dataclass
@@ -139,8 +145,7 @@ def processors(folder: Path) -> tuple[LlavaProcessor, RoeLlavaProcessor]:
 
 def learn(task: Task, trained: Trained, steps: range, rate: float, name: str, stage: ExpertStage | None = None) -> None:
     """Train on the conversations of some of the steps, with stock Trainer or in a stage of experts."""
-    size = task.args.batch_size
-    data = Subset(task.conversations, range(steps.start * size, steps.stop * size))
+    data = task.read_in(steps)
     collate = WithoutSegments(ChatCollator(trained.writer, messages))
 
     def run() -> list[dict]:
@@ -203,13 +208,18 @@ def dense_adapters(task: Task) -> Trained:
 
 def roe(task: Task) -> Trained:
     """Taught routers as shipped: adapters, routers and routing tokens learn; the skip ratio is settled at the end."""
-    trained = with_adapters(task)
+    return taught(task, with_adapters(task), range(task.args.steps))
+
+
+def taught(task: Task, trained: Trained, steps: range) -> Trained:
+    """Train routing over layers on the conversations of some of the steps."""
     how = recipe(TARGET, task.seed)
     how.teacher = RouteTeacher(TARGET, teaching_of(task.args), task.seed)
+    given = how, task.of_steps(len(steps))
     with tempfile.TemporaryDirectory() as folder:
         trained.trains(
             "adapters, routers",
-            lambda: train(trained.model, trained.processor, how, task.settings, Path(folder), **IN_ORDER),
+            lambda: train(trained.model, trained.processor, *given, Path(folder), data=task.read_in(steps), **IN_ORDER),
         )
     settled = settle_on_held_out(trained.model, trained.processor, TARGET)
     pool = how.teacher.pool
@@ -285,6 +295,21 @@ def evomoe_other(task: Task) -> Trained:
     return evomoe(replace(task, rates=task.rates | {"evomoe_ones": not task.rates["evomoe_ones"]}))
 
 
+def roe_moe(task: Task) -> Trained:
+    """MoE-LLaVA's third stage for a third of the steps, then RoE on that model, which stays as it is."""
+    trained, first = untrained(task), round(task.args.steps / 3)
+    give_experts(task, trained, **GIVEN["moe_llava"])
+    learn(task, trained, range(first), task.rates["moe_llava"], "experts, routers", STAGES["moe-stage3"])
+    with tempfile.TemporaryDirectory() as folder:
+        trained.model.save_pretrained(folder)
+        torch.manual_seed(task.seed)
+        trained.model = RoeMoeLlavaForConditionalGeneration.from_pretrained(
+            folder, adapter_size=task.args.adapter_size, dtype=torch.float32
+        )
+    trained.processor, trained.started = trained.writer, None
+    return taught(task, trained, range(first, task.args.steps))
+
+
 MAKERS: dict[str, Callable[[Task], Trained]] = {
     "base": untrained,
     "dense_adapters": dense_adapters,
@@ -294,6 +319,7 @@ MAKERS: dict[str, Callable[[Task], Trained]] = {
     "static": static,
     "moe_llava": moe_llava,
     "evomoe": evomoe,
+    "roe_moe": roe_moe,
     "moe_warmed": moe_warmed,
     "evomoe_other": evomoe_other,
 }
@@ -320,6 +346,7 @@ def reopen(method: str, folder: Path) -> Trained:
     """What `save` kept of a method."""
     kinds = dict.fromkeys(WITH_EXPERTS, MoeLlavaForConditionalGeneration)
     kinds |= dict.fromkeys(ROUTED, RoeLlavaForConditionalGeneration)
+    kinds["roe_moe"] = RoeMoeLlavaForConditionalGeneration
     model = kinds.get(method, LlavaForConditionalGeneration).from_pretrained(folder, dtype=torch.float32)
     if method == "dense_adapters":
         put_adapters_beside(model)

@@ -70,15 +70,17 @@ def test_every_system_learns_what_the_page_says(by_method):
     evomoe = by_method["evomoe"]["learned"]
     assert evomoe["evolution"] == mlps and evomoe["warm-up"] == by_method["dense_all"]["learned"]["dense"] > mlps
     assert 0 < evomoe["routers"] < mlps
+    routing = list(by_method["roe"]["learned"].values())
+    assert list(by_method["roe_moe"]["learned"].values()) == [EXPERTS * mlps + 4 * EXPERTS * 256, *routing]
 
 
 def test_only_what_learns_moves(done):
     base = reopened(done, "base").model.state_dict()
-    for method, learns in (("dense_mlps", ".mlp."), ("moe_llava", ".mlp."), ("dense_all", "")):
+    for method, learns in (("dense_mlps", ".mlp."), ("moe_llava", ".mlp."), ("roe_moe", ".mlp."), ("dense_all", "")):
         found = reopened(done, method).model.state_dict()
         moved = [name for name in base if name in found and not torch.equal(base[name], found[name])]
         assert all(learns in name and "vision_tower" not in name for name in moved)
-        assert moved or method == "moe_llava"  # whose learning MLPs have other names
+        assert moved or method in ("moe_llava", "roe_moe")  # whose learning MLPs have other names
     assert any("lm_head" in name for name in moved)
 
 
@@ -92,11 +94,12 @@ def test_every_method_reads_the_same_conversations_in_the_same_order(monkeypatch
 
     monkeypatch.setattr(compare_systems, "Conversations", Watched)
     monkeypatch.setattr("roe_llava.examples.tiny_world.train_roe.Conversations", Watched)
-    rates = {"dense_mlps": 1e-4, "dense_all": 1e-4, "evomoe": 1e-2, "evomoe_ones": True}
-    for method in ("dense_mlps", "dense_adapters", "evomoe"):
+    rates = {"dense_mlps": 1e-4, "dense_all": 1e-4, "moe_llava": 1e-4, "evomoe": 1e-2, "evomoe_ones": True}
+    for method in ("dense_mlps", "dense_adapters", "evomoe", "roe_moe"):
         read[method] = []
         compare_systems.MAKERS[method](compare_systems.Task(method, 0, options(tmp_path), rates))
     assert read["dense_mlps"] == read["dense_adapters"] == read["evomoe"] == list(range(12))
+    assert set(read["roe_moe"]) == set(range(12)) and read["roe_moe"][:4] == [0, 1, 2, 3]  # others are searched on, too
 
 
 def test_counted_flops_of_decoding_are_those_of_the_formula(by_method):
@@ -124,6 +127,10 @@ def test_activated_parameters_are_those_a_token_goes_through(done, by_method):
     routed = by_method["roe"]
     expected = base - routed["skip_ratio"] * 7 * left + 7 * 2 * 512 + 2 * 256
     assert routed["parameters"]["activated"] == pytest.approx(expected, rel=1e-6)
+    both, small = by_method["roe_moe"], 7 * 2 * 512 + 2 * 256
+    assert both["parameters"]["total"] == sizes["moe_llava"]["total"] + 7 * 2 * 64 * 256 + small
+    least, most = (sizes["moe_llava"]["activated"] - both["skip_ratio"] * 7 * (left + more) for more in (mlps // 4, 0))
+    assert least <= both["parameters"]["activated"] - small <= most
 
 
 def test_experts_are_compared_and_routing_is_split_by_modality(by_method):
@@ -168,7 +175,7 @@ def test_rotated_routers_choose_the_next_expert_and_are_put_back(done):
 
 
 def test_a_reopened_model_is_the_one_that_was_judged(done, by_method):
-    for method in ("roe", "dense_adapters", "evomoe"):
+    for method in ("roe", "dense_adapters", "evomoe", "roe_moe"):
         trained = reopened(done, method)
         found = compare_measure.accuracy(method, trained, 1)
         assert found["accuracy_by_family"] == by_method[method]["accuracy_by_family"]
@@ -180,7 +187,7 @@ def test_a_reopened_model_is_the_one_that_was_judged(done, by_method):
 def test_times_are_of_all_systems_and_their_ratio_is_to_the_base(done):
     rows = done[1]["speed"]["batches"]["1"]
     assert {row["method"] for row in rows} == {*METHODS, "dense_adapters"}
-    assert sum(row["method"] == "moe_llava" for row in rows) == 2
+    assert sum(row["method"] == "moe_llava" for row in rows) == sum(row["method"] == "roe_moe" for row in rows) == 2
     base = next(row for row in rows if row["method"] == "base")
     assert base["prefill"]["ratio"] == base["decode"]["ratio"] == 1
     twice = [[{"prefill": 2.0}, {"prefill": 4.0}]] * 2

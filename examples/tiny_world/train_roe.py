@@ -105,12 +105,20 @@ def training_arguments(args, folder: Path, **others) -> TrainingArguments:
 
 
 def train(
-    model, processor, how: Recipe, args, folder: Path, routes: torch.Tensor | None = None, **others
+    model,
+    processor,
+    how: Recipe,
+    args,
+    folder: Path,
+    routes: torch.Tensor | None = None,
+    data: Dataset | None = None,
+    **others,
 ) -> list[dict]:
     """One run of the stock Trainer over the tiny world; `routes` pins a route instead of learning one.
 
     Args:
         args: with `steps`, `batch_size` and `seed`.
+        data: conversations to read in place of `Conversations` of that size and seed.
         others: of `TrainingArguments`, see `training_arguments`.
     Returns: Trainer's log, its last entry with `train_runtime` in seconds.
     """
@@ -123,7 +131,7 @@ def train(
         teacher=how.teacher,
         rates=RATES if routes is None else {"adapter": RATES["adapter"]},
         args=settings,
-        train_dataset=Conversations(args.steps * args.batch_size, args.seed + 1),
+        train_dataset=Conversations(args.steps * args.batch_size, args.seed + 1) if data is None else data,
         data_collator=collate if routes is None else lambda examples: {**collate(examples), "routes": routes},
     )
     trainer.train()
