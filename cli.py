@@ -44,7 +44,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
             help=text,
             description=text[0].upper() + text[1:] + ".",
             add_help=not reads_itself,
-            allow_abbrev=not reads_itself,
+            allow_abbrev=False,  # --roe would be taken for verify's --roe-revision
         )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if module is not None:

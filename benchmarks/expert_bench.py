@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
 from ..configuration_moe_llava import MoeLlavaConfig
+from ..convert.completeness import check_files
 from ..convert.expert_counts import parameter_counts
 from ..convert.kinds import kind_of
 from ..convert.source import read_json, resolve_source
@@ -97,12 +98,14 @@ def checkpoint_subject(moe: str, base: str, device: str | None, dtype: str | Non
     if found["--base"].get("model_type") != kind.dense.config_class.model_type:
         wanted = kind.dense.config_class.model_type
         raise ValueError(f"--base {base} has model_type {found['--base'].get('model_type')!r}, expected {wanted!r}")
+    for source in sources.values():
+        check_files(source.folder)
     options = {"dtype": getattr(torch, dtype) if dtype else "auto"}
     where = torch.device(device or "cpu")
     model = kind.model.from_pretrained(sources["--moe"].folder, **options).to(where).eval()
     dense = kind.dense.from_pretrained(sources["--base"].folder, **options).to(where).eval()
     check_sizes(model, dense, moe, base)
-    processor = LlavaProcessor.from_pretrained(sources["--base"].folder)
+    processor = LlavaProcessor.from_pretrained(sources["--base"].folder, trust_remote_code=False)
     return ExpertSubject(Path(moe).name, dense, model, lambda size: asked(processor, model, size), trained=True)
 
 

@@ -8,6 +8,7 @@ B batch, S sequence.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,11 +17,15 @@ from transformers.utils import logging
 
 from ..configuration_roe import RoeLlavaConfig
 from ..convert.bases import refuse_other_bases
+from ..convert.completeness import check_files
+from ..convert.fingerprint import base_kinds, base_signatures
 from ..convert.folder_files import read_base_config
 from ..convert.source import read_json, resolve_source
 from ..convert.verify_prompts import stock_twin
+from ..convert.weights import open_checkpoint
 from ..examples.tiny_world.demo import SHIPPED, check_parts
-from ..grafting_roe import no_warning_of_missing_parts
+from ..grafting_roe import fetch_adapter, no_warning_of_missing_parts
+from ..identity_roe import difference, record_name
 from ..modeling_roe_llava import RoeLlavaForConditionalGeneration
 from ..processing_roe import RoeLlavaProcessor
 
@@ -187,10 +192,13 @@ def folder_subject(base: str, adapter: str | None, device: torch.device, dtype: 
     folder = resolve_source(base).folder
     refuse_other_bases(read_json(folder / "config.json").get("model_type"), folder, "bench --base")
     read_base_config(folder)
+    check_files(folder)
     if adapter is None:
         with no_warning_of_missing_parts():
             roe = RoeLlavaForConditionalGeneration._load(folder, dtype=dtype)[0]
     else:
+        # The files are compared: a base loaded in another dtype than the adapter's cannot be.
+        check_trained_on(folder, adapter)
         roe = RoeLlavaForConditionalGeneration.from_base(folder, adapter, check_base=False, dtype=dtype)
     roe, length = roe.to(device).eval(), BEFORE_IMAGE + roe.config.image_seq_length + QUESTION
     return Subject(
@@ -199,6 +207,20 @@ def folder_subject(base: str, adapter: str | None, device: torch.device, dtype: 
         lambda batch_size: [random_prompt(roe.config, length, batch_size, device, dtype)],
         trained=adapter is not None,
     )
+
+
+def check_trained_on(folder: Path, adapter: str) -> None:
+    """Raises: ValueError if a base's weights are not those that an adapter recorded; it need not have recorded any."""
+    info = fetch_adapter(adapter, None).info
+    recorded, checkpoint = (info.base or {}).get("tensors"), open_checkpoint(folder)
+    if not recorded:
+        return
+    reason = difference(base_kinds(checkpoint), recorded) or difference(base_signatures(checkpoint), recorded)
+    if reason is not None:
+        raise ValueError(
+            f"--base {folder} is not the base that --adapter {adapter} was trained on ({record_name(info.base)}): "
+            f"{reason}. Its routes would mean nothing: give that base"
+        )
 
 
 # --------------------------------------------------------------------------------------------------- the shipped model

@@ -22,6 +22,7 @@ from ..training.chat_prompt import chat_prompt, close_answers
 from ..training.conversation_rows import chat_of_row
 from ..training.prompts import prompts_from
 from .bases import A_ROUTED_MODEL, is_routed, routed_kind
+from .completeness import check_files
 from .folder_files import read_base_config, write_code
 from .output import check_apart, check_target, new_folder, replace_json, write_json
 from .source import Source, blamed_on, read_json, resolve_source
@@ -131,6 +132,7 @@ def table_file(where: Source) -> Path:
             "checkpoint or an adapter folder has routers to calibrate"
         )
     refuse_baked(content.get("skipped_layers"), "there is nothing to calibrate", where.folder)
+    check_files(where.folder)
     return path
 
 

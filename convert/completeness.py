@@ -10,9 +10,9 @@ from .bases import BASES
 from .keys import EXPORT_KEYS, renamed
 from .kinds import kind_of
 from .made_tensors import check_dtype
-from .source import blamed_on
+from .source import blamed_on, check_text_config, read_json
 from .state_dict import canonical_base, listed, split_routing_parts
-from .weights import StoredTensor
+from .weights import StoredTensor, open_checkpoint
 
 
 def expected_shapes(config: dict) -> tuple[dict[str, tuple[int, ...]], set[str]]:
@@ -29,6 +29,17 @@ def expected_shapes(config: dict) -> tuple[dict[str, tuple[int, ...]], set[str]]
     with torch.device("meta"):
         model = cls(cls.config_class.from_dict(config))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, set(model.all_tied_weights_keys)
+
+
+def check_files(folder: Path) -> None:
+    """Check that a model folder's files are whole, before Transformers loads them: its errors name no file.
+
+    Headers are read, no weights.
+
+    Raises: ValueError naming the file.
+    """
+    check_text_config(read_json(folder / "config.json"), folder / "config.json")
+    open_checkpoint(folder)
 
 
 def original_name(name: str) -> str:

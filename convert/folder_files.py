@@ -14,7 +14,7 @@ from .bases import A_BASE, is_base, is_routed, routed_kind
 from .code_files import copy_code
 from .kinds import ROE
 from .output import write_json
-from .source import blamed_on, read_json
+from .source import blamed_on, check_text_config, read_json
 
 # What a folder needs to tokenize, to preprocess and to generate. Anything else of the base stays behind.
 COMPANIONS = (
@@ -52,8 +52,7 @@ def read_base_config(folder: Path) -> dict:
             f"{path} has model_type {model_type!r}, expected {A_BASE}: RoE is grafted onto checkpoints in llava-hf's "
             f"layout ({hint})"
         )
-    if not isinstance(config.get("text_config"), dict):
-        raise ValueError(f"{path} has no text_config, expected the language model's configuration: is the file whole?")
+    check_text_config(config, path)
     text_type = config["text_config"].get("model_type", routed_kind(config).config().text_config.model_type)
     if not isinstance(text_type, str) or text_type not in LANGUAGE_MODELS:
         raise ValueError(

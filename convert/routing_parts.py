@@ -12,7 +12,7 @@ from .adapter_file import ABOUT_NAME, AdapterInfo, check_stored_parts, open_adap
 from .bases import A_ROUTED_MODEL, is_routed, routed_kind
 from .fingerprint import base_signatures, base_tensors
 from .folder_files import check_opens
-from .source import Source, read_json
+from .source import Source, check_text_config, read_json
 from .state_dict import difference, split_routing_parts
 from .weights import Checkpoint, StoredTensor, open_checkpoint
 
@@ -50,6 +50,7 @@ def open_routing_parts(where: Source) -> RoutingParts:
             f"{folder / 'config.json'} has model_type {content.get('model_type')!r}, expected "
             f"{A_ROUTED_MODEL}: are BASE and ROE swapped?"
         )
+    check_text_config(content, folder / "config.json")
     check_opens(content, folder / "config.json")
     refuse_baked(content.get("skipped_layers"), "it has no routing parts to take", folder)
     config = routed_kind(content).open_config(content)

@@ -74,6 +74,15 @@ def reason_of(error: OSError) -> str:
     return known or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def check_text_config(config: dict, path: Path) -> None:
+    """Check that a config.json has a language model, which would be filled up with the sizes of a 7B Llama.
+
+    Raises: ValueError naming the file.
+    """
+    if not isinstance(config.get("text_config"), dict):
+        raise ValueError(f"{path} has no text_config, expected the language model's configuration: is the file whole?")
+
+
 @contextmanager
 def blamed_on(path: Path) -> Iterator[None]:
     """Has errors of the libraries name the file they come from.
@@ -89,4 +98,4 @@ def blamed_on(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} does not hold what Transformers needs: {type(error).__name__}: {reason}") from error
 
 
-__all__ = ["Source", "blamed_on", "expanded", "read_json", "resolve_source"]
+__all__ = ["Source", "blamed_on", "check_text_config", "expanded", "read_json", "resolve_source"]

@@ -25,7 +25,7 @@ from .moe_layout import pack_layer
 from .original_layout import Layout
 from .output import check_apart, check_target, new_folder, write_json
 from .routing_parts import byte_progress
-from .source import Source, blamed_on, read_json, resolve_source
+from .source import Source, blamed_on, check_text_config, read_json, resolve_source
 from .state_dict import listed, text_prefix
 from .summary import Summary
 from .weights import Checkpoint, StoredTensor, StoredTensors, open_checkpoint
@@ -151,8 +151,7 @@ def read_dense_config(folder: Path) -> dict:
     if kind != "llava":
         reason = reasons.get(kind, "an original LLaVA goes through import-llava first")
         raise ValueError(f"{path} has model_type {kind!r}, expected 'llava': {reason}")
-    if not isinstance(config.get("text_config"), dict):
-        raise ValueError(f"{path} has no text_config, expected the language model's configuration: is the file whole?")
+    check_text_config(config, path)
     text_type = config["text_config"].get("model_type", "llama")  # LLaVA's own default
     if not isinstance(text_type, str) or text_type not in LANGUAGE_MODELS:
         raise ValueError(

@@ -110,6 +110,8 @@ def verify(
     Raises: ValueError if a checkpoint cannot be opened at all, or has experts that need not answer as the base does.
     """
     check_options(dtype, num_tokens, repeats)
+    if roe is None and roe_revision is not None:
+        raise ValueError(f"roe_revision {roe_revision!r} without routing parts: name them behind the base")
     device = default_device() if device == "auto" else checked_device(device)
     base_source = resolve_source(base, revision)
     roe_source = None if roe is None else resolve_source(roe, roe_revision)

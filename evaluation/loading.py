@@ -1,5 +1,7 @@
 """Opens what is to be evaluated: a checkpoint of one of our kinds, or another one where a dense run was asked for."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
@@ -38,6 +40,7 @@ def open_checkpoint(pretrained: str, *, revision=None, trust_remote_code=False, 
     """
     load_options = {name: value for name, value in load_options.items() if value is not None}
     from ..convert.bases import is_routed, refuse_other_bases  # loads every class there is
+    from ..convert.completeness import check_files
 
     found = checkpoint_type(pretrained, revision)
     kind = kind_of(found)
@@ -51,6 +54,8 @@ def open_checkpoint(pretrained: str, *, revision=None, trust_remote_code=False, 
         )
     if kind is not None and kind.decides == "experts" and dense:
         raise ValueError(no_dense_run(pretrained, kind))
+    if kind is not None and Path(pretrained).is_dir():
+        check_files(Path(pretrained))
     if kind is not None and not trust_remote_code:
         model = kind.model.from_pretrained(pretrained, revision=revision, **load_options)
         processor = kind.processor.from_pretrained(pretrained, revision=revision, trust_remote_code=False)

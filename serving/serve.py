@@ -17,6 +17,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from ..convert.bases import refuse_other_bases
+from ..convert.completeness import check_files
 from ..convert.kinds import KINDS, MOE, ROE, Kind, kind_of, listed_types
 from ..evaluation.loading import checkpoint_type
 from ..generation_roe import bias_for_skip_ratio
@@ -105,9 +106,11 @@ def check_routed(words: list[str]) -> None:
 
 
 def check_base(words: list[str]) -> None:
-    """Raises: ValueError if the first word is a folder of RoE on another base, which the server would not know."""
+    """Raises: ValueError if the first word is a folder of RoE on another base, or one of ours that is damaged."""
     if words and (Path(words[0]) / "config.json").is_file():
         found = checkpoint_type(words[0])
+        if kind_of(found) is not None:
+            check_files(Path(words[0]))
         if found != MOE.model_type:  # what RoE is put onto, too, but served as it is
             refuse_other_bases(found, words[0], "serve")
 

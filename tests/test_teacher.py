@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from test_trainer import RATES, rows, stack, trainer_for
+from transformers import TrainingArguments
 
 from roe_llava import RoutingPhase
 from roe_llava.phases_roe import path_weights
@@ -23,6 +24,7 @@ from roe_llava.training.teacher import (
     measured,
     turn_losses,
 )
+from roe_llava.training.trainer import RoeTrainer
 
 # ------------------------------------------------------------------------------------------------------------ planted
 # Two kinds of questions over six layers: kind 0 needs layers 1 and 2, kind 1 layers 3 and 4; nobody needs layer 5.
@@ -83,6 +85,24 @@ def test_the_same_seed_searches_the_same_routes():
     first, again, other = (search_routes(planted_losses, 6, range(1, 6), 14, 3, seed).routes for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert skipped(first) != skipped(other)
+
+
+@pytest.mark.parametrize(
+    ("routed", "size", "message"),
+    [(None, 9, "9 routes to search are too few for 6 layers"), ([0], 64, "1 of 6 layers have a router")],
+)
+def test_a_search_that_cannot_be_is_refused_before_the_first_step(tmp_path, routed, size, message):
+    model = tiny.tiny_model(tiny.tiny_config(num_layers=6, routed_layers=routed))
+    teacher = RouteTeacher(0.3, Teaching(searched_routes=size))
+    with pytest.raises(ValueError, match=message):
+        RoeTrainer(
+            model,
+            schedule=TaughtSchedule(0.3),
+            objective=TaughtObjective(),
+            teacher=teacher,
+            rates=RATES,
+            args=TrainingArguments(tmp_path, max_steps=2, report_to=[], use_cpu=True),
+        )
 
 
 def test_a_search_that_single_layers_use_up_is_refused():

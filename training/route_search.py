@@ -34,6 +34,17 @@ class RoutePool:
         return 1 - self.routes.float().mean(dim=1)
 
 
+def check_size(routed_layers: Sequence[int], size: int, most: int) -> None:
+    """Raises: ValueError if `size` routes, each skipping at most `most` layers, are used up by single layers."""
+    single = len(routed_layers) + 1
+    every = sum(math.comb(len(routed_layers), number) for number in range(min(most, len(routed_layers)) + 1))
+    if every > size and size < 2 * single:
+        raise ValueError(
+            f"{size} routes to search are too few for {len(routed_layers)} layers with a router: the first {single} "
+            f"leave out one layer each; take {3 * single} or more"
+        )
+
+
 def search_routes(
     measure: Callable[[Tensor], Tensor],
     num_layers: int,
@@ -71,11 +82,7 @@ def search_routes(
             for skipped in itertools.combinations(routed_layers, number):
                 try_route(skipped)
         return pool_of(found)
-    if size < 2 * (len(routed_layers) + 1):
-        raise ValueError(
-            f"{size} routes to search are too few for {len(routed_layers)} layers with a router: the first "
-            f"{len(routed_layers) + 1} leave out one layer each; take {3 * (len(routed_layers) + 1)} or more"
-        )
+    check_size(routed_layers, size, most)
     try_route(())
     for layer in routed_layers:
         try_route((layer,))
@@ -159,4 +166,4 @@ def bisect(is_below: Callable[[float], bool], low: float, high: float) -> float:
     return high
 
 
-__all__ = ["RoutePool", "choose_routes", "price_of", "search_routes"]
+__all__ = ["RoutePool", "check_size", "choose_routes", "price_of", "search_routes"]

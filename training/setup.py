@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ..baked_roe import refuse_baked
 from ..convert.bases import A_BASE, A_ROUTED_MODEL, is_base, is_routed, refuse_other_bases, routed_kind
+from ..convert.completeness import check_files
 from ..convert.fingerprint import describe_base
 from ..convert.source import Source, blamed_on, read_json, resolve_source
 from ..grafting_roe import no_warning_of_missing_parts
@@ -59,6 +60,7 @@ def find_model(options: ModelOptions) -> Source:
             "original LLaVA goes through roe-llava import-llava first"
         )
     refuse_baked(config.get("skipped_layers"), "there is no routing to train", source.folder)
+    check_files(source.folder)
     return source
 
 

@@ -23,7 +23,7 @@ from ..phases_roe import RoutingPhase, token_loss_per_example
 from ..routing_roe import turns_of_tokens
 from .meter import hard_skips, labelled_losses
 from .objective import mean_over_labelled
-from .route_search import RoutePool, choose_routes, search_routes
+from .route_search import RoutePool, check_size, choose_routes, search_routes
 from .route_values import Reading, RouteValues, expected_losses, question_features
 from .schedule import random_keep_bias
 
@@ -151,6 +151,23 @@ class RouteTeacher:
         """Whether routes were searched."""
         return self.routes is not None
 
+    def searched(self, model) -> tuple[list[int], int, int]:
+        """Layers that routes may skip, how many routes are searched, and how many layers each skips at most."""
+        layers = model.model.language_model.layers
+        routed = [number for number, layer in enumerate(layers) if layer.router is not None]
+        return routed, self.teaching.searched_routes, most_skipped(self.target_skip_ratio, len(layers))
+
+    def check(self, model) -> None:
+        """Raises: ValueError if a search would be one of too few routes, or skip too few layers for the target."""
+        routed, size, most = self.searched(model)
+        check_size(routed, size, most)
+        num_layers = len(model.model.language_model.layers)
+        if min(most, len(routed)) < self.target_skip_ratio * num_layers:
+            raise ValueError(
+                f"{len(routed)} of {num_layers} layers have a router, so that routes cannot skip the target of "
+                f"{self.target_skip_ratio:.0%}: give more layers one (routed_layers), or ask for less"
+            )
+
     def search(self, model, batches: Sequence[dict], prepare: Callable[[dict], dict] = dict, quiet=False) -> None:
         """Find routes.
 
@@ -169,8 +186,7 @@ class RouteTeacher:
         self.features = along(torch.ones(num_layers, dtype=torch.bool), 1)
         reading = Reading.of(self.features)
         read = reading(self.features)
-        routed = [number for number, layer in enumerate(model.model.language_model.layers) if layer.router is not None]
-        size, most = self.teaching.searched_routes, most_skipped(self.target_skip_ratio, num_layers)
+        routed, size, most = self.searched(model)
         with tqdm(total=size, desc="searching routes", leave=False, disable=quiet) as bar:
 
             def measure(route: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments
 
+from ..convert.completeness import check_files
 from ..convert.fingerprint import describe_base
 from ..convert.kinds import MOE
 from ..convert.output import new_folder, write_json
@@ -191,7 +192,7 @@ def prepare(name: str, options: ExpertOptions, data_options: DataOptions, run_op
     data = setup.load_data(data_options, setup.load_processor(source), args)
     steps = args.max_steps = setup.number_of_steps(args, len(data.train))
     model = load_model(source, stage, options)
-    processor = LlavaProcessor.from_pretrained(source.folder)
+    processor = LlavaProcessor.from_pretrained(source.folder, trust_remote_code=False)
     close_answers(processor)  # as those that made the data
     setup.check_vocabulary(model, processor, source.folder)
     record = make_record(name, stage, source, steps, len(data.train), args)
@@ -221,6 +222,7 @@ def check_kind(source: Source, stage: ExpertStage) -> None:
     if found != wanted:
         cause = "experts come after it" if wanted == "llava" else "roe-llava upcycle gives a LLaVA experts"
         raise ValueError(f"{source.folder} has model_type {found!r}, this stage begins with {wanted!r}: {cause}")
+    check_files(source.folder)
 
 
 def load_model(source: Source, stage: ExpertStage, options: ExpertOptions):

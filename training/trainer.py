@@ -122,8 +122,10 @@ class RoeTrainer(Trainer):
             let_ddp_find_unused(kwargs["args"])
         super().__init__(model=model, **kwargs)
         check_arguments(self.args)
-        if teacher is not None and self.train_dataset is not None:
-            self.search_indices()  # a search that cannot be is known before the first step
+        if teacher is not None:  # a search that cannot be is known before the first step
+            teacher.check(model)
+            if self.train_dataset is not None:
+                self.search_indices()
         self.chosen_optimizer()
         if self.args.max_steps > 0:  # else it is checked when the number of steps is known
             self.rate_factor(self.args.max_steps)
