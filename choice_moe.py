@@ -194,10 +194,12 @@ class ExpertRouting:
         self.read: dict[int, Tokens] = {}
 
     def of_rows(self, rows: Tensor | None, num_added: int) -> "ExpertRouting":
-        """The same pass for a layer that reads other tokens than the batch has (see `Tokens`).
+        """The same pass for a layer that reads other tokens than the batch has; what it decides is written down here.
 
-        What that layer decides is written down here too.
+        Args: as in `Tokens`.
         """
+        if rows is None and not num_added:
+            return self
         part = copy.copy(self)
         part.tokens = self.tokens.of_rows(rows, num_added)
         return part

@@ -155,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, default=BASE, help="base checkpoint (default: the shipped one)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--control-seeds", type=int, nargs="*", default=[0], help="seeds with controls")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of a run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps of a run (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=24, help="conversations per step")
     parser.add_argument("--adapter-size", type=int, default=64)
     parser.add_argument("--per-family", type=int, default=200, help="test questions per family")

@@ -65,8 +65,8 @@ questions of each of {num_families} families, ± the standard deviation over see
 - **Accuracy.** Models with experts begin as the base, which knows this world already: {dense_gain:+.1f} points for the
   same MLPs trained dense, {moe_gain:+.1f} for MoE-LLaVA, {evomoe_gain:+.1f} for EvoMoE, against the untrained base. RoE
   begins with {roe_skipped:.0f} % less of it: after {steps} steps it is {over_static:+.1f} points from the best layers
-  dropped for all, and {over_dense:+.1f} from dense. {full_roe} That decides the first row; of the {claimed} it says
-  nothing, as models with experts have nothing to lose here.
+  dropped for all, and {over_dense:+.1f} from dense, which decides the first row; of the {claimed} that says
+  nothing, as models with experts have nothing to lose here. {full_roe}
 - **Both.** RoE on MoE-LLaVA, whose experts learned in the first {expert_steps} steps, skips {both_skipped:.1f} % of the
   layers and is {both_over_roe:+.1f} points from RoE on the dense base: the two go together. It computes
   {both_flops:.0f} % of the base's FLOPs per decoded token, where MoE-LLaVA computes {moe_flops:.0f} %, and takes
