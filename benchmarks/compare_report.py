@@ -68,7 +68,8 @@ questions of each of {num_families} families, ± the standard deviation over see
   dropped for all, and {over_dense:+.1f} from dense, which decides the first row; of the {claimed} that says
   nothing, as models with experts have nothing to lose here. {full_roe}
 - **Both.** RoE on MoE-LLaVA, whose experts learned in the first {expert_steps} steps, skips {both_skipped:.1f} % of the
-  layers and is {both_over_roe:+.1f} points from RoE on the dense base: the two go together. It computes
+  layers and is {both_over_roe:+.1f} points from RoE on the dense base, which had {expert_steps} steps more: the two
+  go together, and experts give routing over layers nothing here. It computes
   {both_flops:.0f} % of the base's FLOPs per decoded token, where MoE-LLaVA computes {moe_flops:.0f} %, and takes
   {both_time:.2f} times the base's time for a question and {tokens} tokens.
 - **Speed.** RoE computes {roe_flops:.0f} % of the base's FLOPs per decoded token, MoE-LLaVA {moe_flops:.0f} %, EvoMoE
@@ -108,7 +109,8 @@ else the machine did.{controls}
 All systems took turns in one process, each prompt in a new order ({rounds} rounds, {tokens} decoded tokens,
 {speed_threads} thread, trained models of seed {speed_seed}, experts with the faster of two implementations). The
 ratio is the base's time over the system's in the same round, median and quartiles. **Only ratios count**: other work
-ran on the machine. "{control}" is the base's network with other weights, so what its ratio lacks of 1 is noise.
+may have run on the machine. "{control}" is the base's network with other weights, so what its ratio lacks of 1 is
+noise.
 
 {speeds}
 
@@ -136,7 +138,7 @@ What each method learns, and what it costs beside its steps:
 - **RoE gets forward passes that others do not**: its search and measured routes are worth about {extra_steps}
   optimizer steps more than the {steps} here. The static drop takes the best set that this search measured, so it had
   them too.
-- **{roe_steps}** It has to learn to do without layers from nothing, while the others begin as the base and can stay
+- **{roe_steps}** RoE has to learn to do without layers from nothing, while the others begin as the base and can stay
   what they are.
 - **RoE's recipe was made on this world**; its rates were not searched again. Those of the others were searched with
   little: one short run for each of few rates, one seed, and a single rate for EvoMoE's routers. Of rates within 1 % of
@@ -338,7 +340,8 @@ def experts_table(rows: Sequence[dict]) -> str:
     for row in rows:
         if "experts" in row:
             found = row["experts"]
-            numbers = [f"{found[name]['mean']:.{5 if name == 'weights' else 3}f}" for name in names]
+            # Single precision can take the cosine of nearly equal vectors over 1.
+            numbers = [f"{min(found[name]['mean'], 1.0):.{5 if name == 'weights' else 3}f}" for name in names]
             single = ", ".join(f"{100 * one:.1f}" for one in found["single"])
             lost = f"{100 * found['routed']:.1f} → {100 * (found['routed'] - found['rotation_costs']['mean']):.1f}"
             cells.append([LABELS[row["method"]], *numbers, lost, single])
