@@ -1,6 +1,7 @@
 """`roe-llava bench` with experts: systems answer alike, numbers follow from the models. No time is asserted."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from roe_llava import MoeLlavaForConditionalGeneration
 from roe_llava.benchmarks import expert_bench
 from roe_llava.benchmarks.expert_bench import IMPLEMENTATIONS, ONE_EXPERT
+from roe_llava.benchmarks.expert_report import card_text
 from roe_llava.benchmarks.systems import BASE, CONTROL
 from roe_llava.cli import main
 from roe_llava.convert.upcycle import upcycle
@@ -28,6 +30,13 @@ def moe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("moe") / "moe"
     upcycle(BASE_FOLDER, folder, experts=3, top_k=1, layers="0,3", router="token_aware")
     return folder
+
+
+def test_the_committed_times_are_those_on_the_page():
+    root = Path(__file__).parent.parent
+    result = json.loads((root / "benchmarks" / "results" / "cpu-medium-experts.json").read_text())
+    assert card_text(result, "benchmarks/results/cpu-medium-experts.json") in (root / "docs" / "moe.md").read_text()
+    assert "/tmp" not in result["command"] and "+" not in result["setup"]["commit"]
 
 
 def test_every_system_answers_as_the_base_does(subject):
