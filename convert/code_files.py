@@ -26,7 +26,12 @@ def copy_code(files: dict[str, Path], folder: Path) -> list[str]:
     return [*files]
 
 
+def frontend_code() -> dict[str, Path]:
+    """As `code_of`, for a base with a front-end of ours."""
+    cls = FrontendLlavaForConditionalGeneration
+    return code_of(cls.config_class, cls)
+
+
 def write_frontend_code(folder: Path) -> list[str]:
     """Copy the code of a base with a front-end of ours; names of the files."""
-    cls = FrontendLlavaForConditionalGeneration
-    return copy_code(code_of(cls.config_class, cls), folder)
+    return copy_code(frontend_code(), folder)

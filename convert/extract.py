@@ -11,7 +11,7 @@ from pathlib import Path
 from ..adapter_roe import ABOUT_NAME, WEIGHTS_NAME
 from ..identity_roe import base_record, difference, fingerprint, record_name
 from .arguments import add_common_arguments, common_options
-from .bases import A_ROUTED_MODEL, is_routed
+from .bases import A_ROUTED_MODEL, is_routed, routed_kind
 from .completeness import check_complete
 from .copying import copy_weights_file
 from .fingerprint import TensorHasher, base_kinds, base_signatures, base_tensors
@@ -213,7 +213,8 @@ def extract_full(plan: Plan, out: Path, overwrite: bool, dry_run: bool) -> Summa
             signatures = write_full(plan, stock, folder, out.name)
     tensors = split_routing_parts(plan.checkpoint.tensors)[0]
     found, named = fingerprint(signatures), plan.named_base
-    lines = {"folders": "base (a stock LLaVA) and adapter (the file that belongs to it)"}
+    base_class = routed_kind(plan.config).base_class(plan.config).__name__
+    lines = {"folders": f"base (of {base_class}) and adapter (the file that belongs to it)"}
     if named.get("fingerprint"):
         is_tuned = found != named["fingerprint"]
         lines["note"] = f"the base weights are {'not ' if is_tuned else ''}those of {record_name(named)}"

@@ -1,5 +1,6 @@
 """The files of a model folder that are not weights: config, processor, tokenizer, code."""
 
+import logging
 import math
 import shutil
 from collections.abc import Container
@@ -166,8 +167,19 @@ def tokenizer_config(folder: Path) -> dict | None:
     if content.get("tokenizer_class") is None or "auto_map" in content:
         return None
     with blamed_on(folder / "tokenizer.json"):
-        read_with = type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).__name__
+        read_with = type(open_tokenizer(folder)).__name__
     return None if content["tokenizer_class"] == read_with else content | {"tokenizer_class": read_with}
+
+
+def open_tokenizer(folder: Path):
+    """A folder's tokenizer, whatever model it belongs to: Transformers (5.23) warns of types that are not its own."""
+    logger = logging.getLogger("transformers.configuration_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    finally:
+        logger.setLevel(before)
 
 
 @dataclass
@@ -203,11 +215,13 @@ def find_companions(base: Path, config: dict, used: Container[str]) -> Companion
     if processor is None and (base / "processor_config.json").is_file():
         copied.add(base / "processor_config.json")
     dropped = {"processor": reason} if reason else {}
-    kept_folders = {path.parent for path in copied}
+    kept_folders, code = {path.parent for path in copied}, code_files(config)
     for path in sorted(base.iterdir()):
         if path.is_dir() and path not in kept_folders and not path.name.startswith((".", "__")):
             dropped[f"{path.name}/"] = "a folder, which belongs to the base alone"
         if path.is_dir() or path.name.startswith(".") or path.name in used or path in own | copied:
+            continue
+        if path.name in code:  # written anew
             continue
         is_weights = path.name.endswith(WEIGHT_SUFFIXES)
         dropped[path.name] = "weights in a second format" if is_weights else "belongs to the base alone"

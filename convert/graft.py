@@ -8,14 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from .arguments import add_common_arguments, common_options
 from .bases import routed_kind
 from .completeness import check_complete
 from .copying import copy_weights_file
 from .fingerprint import TensorHasher, base_kinds, base_signatures, base_tensors, fingerprint
-from .folder_files import Companions, find_companions, grafted_config, read_base_config, write_code, write_companions
+from .folder_files import (
+    Companions,
+    find_companions,
+    grafted_config,
+    open_tokenizer,
+    read_base_config,
+    write_code,
+    write_companions,
+)
 from .output import check_apart, check_target, new_folder, write_json
 from .routing_parts import RoutingParts, byte_progress, check_same_base, expected_base, open_routing_parts
 from .source import Source, blamed_on, resolve_source
@@ -148,7 +154,7 @@ def check_names(checkpoint: Checkpoint) -> None:
 def check_image_token(folder: Path, config: dict, token: str) -> None:
     """Raises: ValueError if the base's tokenizer does not know the image token, or by another id than the model."""
     with blamed_on(folder / "tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = open_tokenizer(folder)
     found, expected = tokenizer.get_vocab().get(token), routed_kind(config).open_config(config).image_token_id
     if found != expected:
         raise ValueError(

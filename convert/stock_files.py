@@ -8,7 +8,7 @@ from ..configuration_frontend import STOCK_PROJECTOR, FrontendLlavaConfig
 from ..configuration_roe import BAKED_FIELDS, ROUTING_FIELDS
 from ..loading_frontend import FRONTEND_AUTO_MAP
 from .bases import ROUTED, routed_kind
-from .code_files import write_frontend_code
+from .code_files import copy_code, frontend_code
 from .folder_files import COMPANIONS, OWN, WEIGHT_SUFFIXES
 from .kinds import kind_of
 from .output import write_json
@@ -48,6 +48,13 @@ def stock_processor(content):
     return kept
 
 
+def base_code(config: dict) -> dict[str, Path]:
+    """Name to place of the code that a base's folder carries, by its config.json; a stock one has none."""
+    if (own_kind := kind_of(config["model_type"])) is not None:
+        return own_kind.code_files()
+    return frontend_code() if config["model_type"] == FrontendLlavaConfig.model_type else {}
+
+
 @dataclass
 class StockFiles:
     """Files of a stock folder beside its weights.
@@ -72,11 +79,7 @@ class StockFiles:
             copyfile(path, copy)
         for name, content in self.written.items():
             write_json(target / name, content)
-        base_type = self.written["config.json"]["model_type"]
-        if (own_kind := kind_of(base_type)) is not None:
-            own_kind.write_code(target)
-        elif base_type == FrontendLlavaConfig.model_type:
-            write_frontend_code(target)
+        copy_code(base_code(self.written["config.json"]), target)
 
 
 def find_stock_files(folder: Path, config: dict, used) -> StockFiles:
@@ -95,10 +98,12 @@ def find_stock_files(folder: Path, config: dict, used) -> StockFiles:
     copied -= {path for pattern in OWN for path in folder.glob(pattern)} | {folder / name for name in written}
     if "processor_config.json" not in written and (folder / "processor_config.json").is_file():
         copied.add(folder / "processor_config.json")
-    dropped = {}
+    dropped, code = {}, base_code(written["config.json"])
     for path in sorted(folder.iterdir()):
         is_index = path.name.endswith(".index.json")
         if path.is_dir() or path.name.startswith(".") or path.name in used or path in copied or is_index:
+            continue
+        if path.name in code:  # written anew
             continue
         if path.suffix == ".py":
             dropped[path.name] = "code of RoE, which the base does without"
