@@ -280,7 +280,9 @@ def current_routing() -> ExpertRouting:
     """Raises: ValueError outside of a layer."""
     routing = _CURRENT.get()
     if routing is None:
-        raise ValueError("a block of experts needs `expert_routing`; call MoeLlavaForConditionalGeneration instead")
+        raise ValueError(
+            "a block of experts needs `expert_routing`; call the whole model, MoeLlavaForConditionalGeneration or RoE's"
+        )
     return routing
 
 

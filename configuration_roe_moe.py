@@ -16,5 +16,13 @@ class RoeMoeLlavaConfig(RoutingConfig, MoeLlavaConfig):
         *("past_key_values", "aux_loss", "expert_router_logits", "expert_indices", "expert_weights"),
     ]
 
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.skipped_layers is not None:
+            raise ValueError(
+                f"skipped_layers {self.skipped_layers}: no route can be frozen into a model with experts yet; pin it "
+                "with routes="
+            )
+
 
 __all__ = ["RoeMoeLlavaConfig"]

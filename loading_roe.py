@@ -23,7 +23,7 @@ AUTO_MAP = auto_map("configuration_roe.RoeLlavaConfig", "modeling_roe_llava.RoeL
 
 # Parts RoE adds to the base, by the part of a parameter's name they are known by; experts have routers in their MLPs.
 ROE_PARTS = (".router.", ".adapter.", ".routing_tokens.")
-OF_EXPERTS = ".mlp.router."
+OF_EXPERTS, EXPERT_PART = ".mlp.router.", ".mlp.experts."
 
 
 class RoeLoadingMixin(HubMixin):
@@ -153,6 +153,12 @@ def missing_weights_message(source, missing: list[str], num_new: int) -> str:
     """What is missing, and why that may be."""
     shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     parts = sum(is_roe_parameter(name) for name in missing)
+    if any(EXPERT_PART in name for name in missing):
+        return (
+            f"{source} lacks {len(missing)} tensors of this model: {shown}. They are not made up: was a shard lost, "
+            "does moe_layers name other layers than were saved, or has the checkpoint no experts? roe-llava upcycle "
+            "gives a dense LLaVA some"
+        )
     return (
         f"{source} lacks {len(missing)} tensors of this model ({parts} of its {num_new} routing tensors): {shown}. "
         "A RoE checkpoint is never completed with random weights: was a shard lost, or was the folder saved by "

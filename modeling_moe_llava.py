@@ -268,7 +268,7 @@ class ExpertsModel(MoeLlavaPreTrainedModel):
                 "loss and take capacity"
             )
         known = Tokens(tuple(tokens.shape[:2]), real, is_image)
-        routing = ExpertRouting(self.config, self.training, known, single_expert)
+        routing = ExpertRouting(self.config, self.trains_experts(), known, single_expert)
         if expert_routing is not None:
             expert_routing.append(routing)
         return super().forward(
@@ -280,6 +280,10 @@ class ExpertsModel(MoeLlavaPreTrainedModel):
             expert_routing=routing,
             **kwargs,
         )
+
+    def trains_experts(self) -> bool:
+        """Whether what only training does is done: capacity, noise of that mode."""
+        return self.training
 
     def image_tokens(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_types: Tensor | None, has_images: bool
@@ -315,13 +319,19 @@ def real_tokens(attention_mask: Tensor | None, num_tokens: int) -> Tensor | None
     return None
 
 
+def tower_config(config: MoeLlavaConfig) -> PreTrainedConfig:
+    """The tower's configuration; it has no experts, and Transformers (5.23) takes "grouped_mm" for none of those."""
+    config.vision_config._experts_implementation_internal = None
+    return config.vision_config
+
+
 class MoeLlavaModel(ExpertsModel, LlavaModel):
     """Vision tower, projector and language model with experts, without a head."""
 
     def __init__(self, config: MoeLlavaConfig):
         # Not LlavaModel.__init__, which would build a stock language model first.
         LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(tower_config(config))
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = build_language_model(config)
         self.post_init()

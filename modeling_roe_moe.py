@@ -32,6 +32,7 @@ from .modeling_moe_llava import (
     MoeDecoderLayer,
     MoeLlavaForConditionalGeneration,
     block_of_layer,
+    tower_config,
 )
 from .modeling_roe_llava import RoutedForConditionalGeneration, RoutedModel, RoutedOutput, forward_like
 from .routing_roe import Routing
@@ -42,8 +43,8 @@ class RoeMoeLlavaCausalLMOutputWithPast(RoutedOutput, LlavaCausalLMOutputWithPas
     """Stock LLaVA's output, what routing did, and what experts were chosen; of these, an entry per layer with experts.
 
     Args:
-        aux_loss (`torch.Tensor` of shape `()`): load balancing loss, before its coefficient, over the rows that ran a
-            layer; with labels, `output_router_logits`, or while the experts' routers learn.
+        aux_loss (`torch.Tensor` of shape `()`): load balancing loss, before its coefficient, over the rows that a layer
+            computed (a static cache computes all); with labels, `output_router_logits`, or while experts learn.
         expert_router_logits (`tuple[torch.Tensor]` of shape `(B, S, E)`): with `output_router_logits`, as the next two;
             NaN in rows that skip the layer.
         expert_indices (`tuple[torch.Tensor]` of shape `(B, S, K)`): the chosen experts, best first; -1 in such rows.
@@ -120,6 +121,18 @@ class RoeMoeLlavaModel(RoutedModel, ExpertsModel, LlavaModel):
     new_projector = LlavaMultiModalProjector
     language_models = LANGUAGE_MODELS
 
+    def build_front_end(self, config: PreTrainedConfig) -> None:
+        tower_config(config)
+        super().build_front_end(config)
+
+    def trains_experts(self) -> bool:
+        """Whether experts or their routers learn: RoE's own training leaves them, as the base, as they are.
+
+        Routing has to be learned beside the base that will run, which drops no token and adds no noise.
+        """
+        blocks = [layer.mlp for layer in self.language_model.layers if layer.has_experts]
+        return self.training and any(one.requires_grad for block in blocks for one in block.parameters())
+
 
 class RoeMoeLlavaForConditionalGeneration(
     RoutedForConditionalGeneration, ExpertsForConditionalGeneration, LlavaForConditionalGeneration
@@ -151,10 +164,8 @@ class RoeMoeLlavaForConditionalGeneration(
         raise ValueError("compile_layers is not supported for RoE on a model with experts; run it as it is")
 
     def is_balanced(self, labels: Tensor | None) -> bool:
-        """Whether the experts' routers learn: RoE's own training leaves the base, theirs too, as it is."""
-        layers = self.model.language_model.layers
-        blocks = [layer.mlp for layer in layers if layer.has_experts and layer.mlp is not None]
-        return any(one.requires_grad for block in blocks for one in block.router.parameters())
+        """Whether experts learn, of which the balancing loss is."""
+        return self.model.trains_experts()
 
     def loss_of_base(self, outputs: ModelOutput) -> Tensor | float:
         """The balancing loss times its coefficient, where the experts' routers learn."""

@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
 from ..configuration_moe_llava import MoeLlavaConfig
+from ..convert.bases import refuse_other_bases
 from ..convert.completeness import check_files
 from ..convert.expert_counts import parameter_counts
-from ..convert.kinds import kind_of
+from ..convert.kinds import ROE_MOE, kind_of
 from ..convert.source import read_json, resolve_source
 from ..convert.upcycle import chosen_layers
 from ..convert.verify_prompts import PROMPTS, encoded
@@ -93,6 +94,8 @@ def checkpoint_subject(moe: str, base: str, device: str | None, dtype: str | Non
     sources = {"--moe": resolve_source(moe), "--base": resolve_source(base)}
     found = {name: read_json(source.folder / "config.json") for name, source in sources.items()}
     kind = kind_of(found["--moe"].get("model_type"))
+    if kind is ROE_MOE:
+        refuse_other_bases(kind.model_type, moe, "bench --moe")
     if kind is None or kind.decides != "experts":
         raise ValueError(f"--moe {moe} has model_type {found['--moe'].get('model_type')!r}, expected one with experts")
     if found["--base"].get("model_type") != kind.dense.config_class.model_type:

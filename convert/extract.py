@@ -2,7 +2,7 @@
 
 An adapter file stands for the checkpoint only where the base weights are those of a base that can be had: they are read
 and compared with the base the checkpoint names, or with `--base`. `--full` takes a checkpoint apart whose base was
-tuned too: into a stock LLaVA folder and an adapter file that belongs to it.
+tuned too: into a folder of the base and an adapter file that belongs to it.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -75,7 +75,7 @@ def extract(
         base: the base it was trained on, a folder or a Hub id; by default the one that its config names, of which the
             fingerprint is enough.
         base_revision: of that base on the Hub.
-        full: write the base weights too, whatever they are, as a stock LLaVA folder.
+        full: write the base weights too, whatever they are, as a folder of the base's class.
         overwrite: replace `out`, once the new folder is whole.
         dry_run: read and check everything, write nothing.
         revision: of a checkpoint on the Hub.
@@ -291,7 +291,7 @@ def add_arguments(parser) -> None:
         help="the base it was trained on; shows what differs, needed if none is named",
     )
     parser.add_argument("--base-revision", help="revision of that base on the Hub")
-    parser.add_argument("--full", action="store_true", help="write OUT/base (stock LLaVA) and OUT/adapter")
+    parser.add_argument("--full", action="store_true", help="write OUT/base (the base alone) and OUT/adapter")
     add_common_arguments(parser, source="CHECKPOINT")
 
 

@@ -113,7 +113,9 @@ def watched_experts(model) -> Iterator[list]:
 
     def keep(_, args, kwargs, output):
         found = kwargs["expert_routing"][0]
-        passes.append(([choice and choice.experts for choice in found.choices], found.real, kwargs["input_ids"]))
+        layers = range(model.config.text_config.num_hidden_layers)
+        chosen = [found.choices[layer].experts if layer in found.choices else None for layer in layers]
+        passes.append((chosen, found.tokens.real, kwargs["input_ids"]))
 
     handle = model.model.register_forward_hook(keep, with_kwargs=True)
     try:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from ..configuration_moe_llava import MoeLlavaConfig
+from ..convert.kinds import ROE_MOE
 from ..convert.source import read_json
 from .folder import ModelFolder
 from .results import Results
@@ -25,7 +26,8 @@ def summary(folder: ModelFolder) -> str:
     if is_base_tuned(folder):
         return "The base's weights were trained too, so with every layer kept it is not the LLaVA it was made from."
     if is_base_untouched(folder):
-        return "With every layer kept it is the LLaVA it was made from."
+        base = "model with experts" if folder.kind is ROE_MOE else "LLaVA"
+        return f"With every layer kept it is the {base} it was made from."
     return "Whether its base weights are those of a published LLaVA is not recorded."
 
 

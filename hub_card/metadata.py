@@ -7,6 +7,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from ..convert.kinds import ROE_MOE
 from .folder import ModelFolder
 
 try:
@@ -43,9 +44,13 @@ def metadata(folder: ModelFolder, name: str, licence: str | None, scores: list[E
         known |= {"base_model": base_id, "base_model_relation": "adapter" if folder.is_adapter else "finetune"}
     if scores:
         known |= {"model_name": name, "eval_results": scores}
-    return ModelCardData(
-        library_name="transformers", pipeline_tag="image-text-to-text", tags=list(TAGS[folder.kind.decides]), **known
-    )
+    return ModelCardData(library_name="transformers", pipeline_tag="image-text-to-text", tags=tags_of(folder), **known)
+
+
+def tags_of(folder: ModelFolder) -> list[str]:
+    """Those of the kind; RoE on a model with experts is one of these too."""
+    tags = list(TAGS[folder.kind.decides])
+    return [*tags[:-1], "mixture-of-experts", tags[-1]] if folder.kind is ROE_MOE else tags
 
 
 def base_on_page(folder: ModelFolder) -> str | None:

@@ -81,7 +81,7 @@ def test_experts_implementations_agree(decoder, router):
 
 def test_experts_implementation_is_taken_when_loading(tmp_path):
     moe_model().save_pretrained(tmp_path)
-    for name, expected in (("eager", "eager"), (None, "grouped_mm")):
+    for name, expected in ((None, "grouped_mm"), *((name, name) for name in IMPLEMENTATIONS)):
         options = {} if name is None else {"experts_implementation": name}
         loaded = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path, **options)
         assert blocks_of(loaded)[0].experts.config._experts_implementation == expected

@@ -5,6 +5,7 @@ import math
 import family
 import pytest
 import torch
+from convert_helpers import change_json
 from family import NAMES
 from tiny import NUM_LAYERS, PATTERN, Calls, layers_of
 from tiny_moe import moe_config
@@ -225,6 +226,18 @@ def test_the_trainer_adds_the_balance_where_the_base_learns(model, inputs, base_
     assert (losses[1] > losses[0] + 1) if base_learns else torch.equal(losses[1], losses[0])
 
 
+def test_frozen_experts_drop_no_tokens_in_training(model, inputs, monkeypatch):
+    seated = []
+    monkeypatch.setattr(ExpertRouting, "seated", lambda self, logits, experts: seated.append(1) or experts >= 0)
+    model.config.expert_capacity_factor = 0.3
+    model.requires_grad_(False).train()
+    model(**inputs, routes=[True] * NUM_LAYERS)
+    assert not seated
+    learn_experts(model)
+    model(**inputs, routes=[True] * NUM_LAYERS)
+    assert len(seated) == len(EXPERT_LAYERS)
+
+
 def test_routers_of_experts_are_parameters_of_the_base(model):
     groups = {name: group_of(name) for name, _ in model.named_parameters() if "router" in name}
     experts = [name for name in groups if ".mlp.router." in name]
@@ -270,6 +283,27 @@ def test_the_experts_implementation_of_a_loaded_base_is_kept(model, tmp_path):
     base.set_experts_implementation("batched_mm")
     made = RoeMoeLlavaForConditionalGeneration.from_base(base, adapter)
     assert layers_of(made)[0].mlp.experts.config._experts_implementation == "batched_mm"
+
+
+@pytest.mark.parametrize("name", ["eager", "batched_mm", "grouped_mm"])
+def test_an_experts_implementation_is_taken_when_loading(model, tmp_path, name):
+    model.save_pretrained(tmp_path)
+    loaded = RoeMoeLlavaForConditionalGeneration.from_pretrained(tmp_path, experts_implementation=name)
+    assert layers_of(loaded)[0].mlp.experts.config._experts_implementation == name
+
+
+def test_missing_experts_are_said_to_be_experts(model, tmp_path):
+    model.config.moe_layers = [0, 1]
+    model.save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", moe_layers=[0, 1, 2])
+    with pytest.raises(ValueError, match=r"mlp\.experts.* does moe_layers name other layers than were saved"):
+        RoeMoeLlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_frozen_route_is_refused():
+    config = {"text_config": moe_config().text_config, "skipped_layers": [1]}
+    with pytest.raises(ValueError, match="no route can be frozen into a model with experts yet"):
+        RoeMoeLlavaConfig(**config)
 
 
 @pytest.mark.parametrize("fields", [{"num_experts": 1}, {"routed_layers": [9]}, {"moe_layers": [9]}])

@@ -209,7 +209,7 @@ def schedule_and_objective(options: Options, steps: int, model, collate):
     """
     routing, accumulation = options.routing, options.training.gradient_accumulation_steps
     if routing.schedule == "published":
-        refuse_other_bases(model.config.model_type, options.model.model, "schedule 'published'")
+        refuse_other_bases(model.config.model_type, "the model to train", "schedule 'published'")
         recipe = published_recipe(steps * accumulation, accumulation, routing.target_skip_ratio)
         recipe.prepare(model)
         objective = recipe.objective if routing.budget == "published" else make_objective(routing)

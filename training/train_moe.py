@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Training
 
 from ..convert.completeness import check_files
 from ..convert.fingerprint import describe_base
-from ..convert.kinds import MOE
+from ..convert.kinds import MOE, ROE_MOE
 from ..convert.output import new_folder, write_json
 from ..convert.source import Source, blamed_on, read_json, resolve_source
 from ..modeling_moe_llava import MoeLlavaForConditionalGeneration
@@ -221,6 +221,8 @@ def check_kind(source: Source, stage: ExpertStage) -> None:
     wanted = "llava" if stage.kind == "dense" else MOE.model_type
     if found != wanted:
         cause = "experts come after it" if wanted == "llava" else "roe-llava upcycle gives a LLaVA experts"
+        if found == ROE_MOE.model_type:
+            cause = "RoE is put onto it afterwards; roe-llava extract --full gives the model it was put onto"
         raise ValueError(f"{source.folder} has model_type {found!r}, this stage begins with {wanted!r}: {cause}")
     check_files(source.folder)
 
