@@ -154,10 +154,10 @@ class RoeMoeLlavaForConditionalGeneration(
     forward = forward_like(ExpertsForConditionalGeneration)
 
     @classmethod
-    def from_pretrained(cls, source, *args, **kwargs):
+    def _load(cls, source, *args, **kwargs):
         """As of RoE on other bases; what splits a layer is refused."""
         refuse_parallel(kwargs)
-        return super().from_pretrained(source, *args, **kwargs)
+        return super()._load(source, *args, **kwargs)
 
     def compile_layers(self, **compile_arguments) -> None:
         """Raises: ValueError: the block of experts learns of its tokens outside of what a graph sees."""
