@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Container
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,15 +172,22 @@ def tokenizer_config(folder: Path) -> dict | None:
     return None if content["tokenizer_class"] == read_with else content | {"tokenizer_class": read_with}
 
 
-def open_tokenizer(folder: Path):
-    """A folder's tokenizer, whatever model it belongs to: Transformers (5.23) warns of types that are not its own."""
+@contextmanager
+def no_warning_of_types():
+    """Keep Transformers (5.23) from warning of a `model_type` of ours where it opens tokenizers and processors."""
     logger = logging.getLogger("transformers.configuration_utils")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        yield
     finally:
         logger.setLevel(before)
+
+
+def open_tokenizer(folder: Path):
+    """A folder's tokenizer, without running its code."""
+    with no_warning_of_types():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from .adapter_file import ABOUT_NAME
 from .bases import routed_kind
 from .completeness import check_complete
 from .fingerprint import base_signatures, base_tensors, fingerprint
-from .folder_files import read_base_config
+from .folder_files import no_warning_of_types, read_base_config
 from .kinds import Kind, kind_of
 from .original_processor import read_generation_config
 from .output import write_json
@@ -224,7 +224,8 @@ def load_processor(base: Source, image_token: int):
     """
     try:
         # Without the folder's code, about which Transformers would ask where the front-end is of ours.
-        processor = AutoProcessor.from_pretrained(base.folder, trust_remote_code=False)
+        with no_warning_of_types():
+            processor = AutoProcessor.from_pretrained(base.folder, trust_remote_code=False)
         found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     except Exception as error:  # whatever the libraries below make of a damaged file
         raise ValueError(
