@@ -153,7 +153,7 @@ def missing_weights_message(source, missing: list[str], num_new: int) -> str:
     """What is missing, and why that may be."""
     shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     parts = sum(is_roe_parameter(name) for name in missing)
-    if any(EXPERT_PART in name for name in missing):
+    if any(part in name for name in missing for part in (OF_EXPERTS, EXPERT_PART)):
         return (
             f"{source} lacks {len(missing)} tensors of this model: {shown}. They are not made up: was a shard lost, "
             "does moe_layers name other layers than were saved, or has the checkpoint no experts? roe-llava upcycle "

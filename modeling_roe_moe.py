@@ -168,7 +168,7 @@ class RoeMoeLlavaForConditionalGeneration(
         return self.model.trains_experts()
 
     def loss_of_base(self, outputs: ModelOutput) -> Tensor | float:
-        """The balancing loss times its coefficient, where the experts' routers learn."""
+        """The balancing loss times its coefficient, where experts or their routers learn."""
         if outputs.aux_loss is None or not self.is_balanced(None):
             return 0.0
         return self.config.router_aux_loss_coef * outputs.aux_loss

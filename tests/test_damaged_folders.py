@@ -105,6 +105,14 @@ def test_abbreviated_options_are_errors(world, capsys):
     assert "roe_revision 'main' without routing parts" in capsys.readouterr().err
 
 
+def test_an_adapter_s_own_folder_brings_its_base(world, tmp_path):
+    folder = shutil.copytree(world / "adapter", tmp_path / "adapter")
+    content = read_json(world / "roe" / "config.json") | {"roe_adapter_only": True}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="expected the id of a repository on the Hub and a commit"):
+        open_checkpoint(str(folder))  # gets as far as asking for the base, which here is a folder
+
+
 def test_weights_are_looked_at_only_by_their_headers(world, tmp_path, monkeypatch):
     from roe_llava.convert.completeness import check_files
 

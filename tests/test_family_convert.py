@@ -213,6 +213,12 @@ def test_train_makes_a_model_of_the_base(needs_processor, name, base, data, reci
     if recipe != "frozen":
         trained = KINDS[name].head.from_pretrained(tmp_path / "run" / "model")
         assert trained.eval()(**family.batch(name)).routes.shape == (len(NAMES), NUM_LAYERS)
+        stock = KINDS[name].stock.from_pretrained(base).state_dict()
+        moved = {
+            key for key, value in trained.state_dict().items() if key in stock and not torch.equal(value, stock[key])
+        }
+        assert any("self_attn" in key for key in moved)
+        assert recipe == "full" or not any(".mlp.experts." in key for key in moved)  # packed: no matrices beside them
         return
     trained = KINDS[name].head.from_base(base, tmp_path / "run" / "adapter")
     assert trained(**family.batch(name)).routes.shape == (len(NAMES), NUM_LAYERS)
